@@ -1,0 +1,1 @@
+"""How a checkpoint gets there: the command line, the pipeline, capture, lowering, weights and targets."""

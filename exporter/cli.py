@@ -1,0 +1,376 @@
+"""The `export-llm` command. Heavy imports are inside the commands, so that --help answers at once."""
+
+import json
+import logging
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from exporter.errors import ExportError
+from graphs.errors import CheckpointError
+from runtimes.errors import ArtifactError, FeedError, RuntimeMissingError
+
+if TYPE_CHECKING:
+    from runtimes.artifact import Artifact, Manifest
+    from runtimes.parity import ParitySummary
+    from runtimes.runner import Runner
+
+EXIT_PARITY_FAILED = 1
+EXIT_WRONG_INPUT = 2
+EXIT_BUG = 70  # sysexits.h: EX_SOFTWARE
+EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+
+FOLDER = click.Path(path_type=Path)
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+_quiet_option = click.option("--quiet", is_flag=True, help="No progress on stderr.")
+_runtime_option = click.option(
+    "--runtime", default="onnxruntime", show_default=True, help="onnxruntime, tensorrt or tensorrt-rtx."
+)
+_device_option = click.option("--device", help="For onnxruntime: cpu or cuda.  [default: cuda where it can be used]")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="export-llm")
+def cli() -> None:
+    """Export Llama-family checkpoints to ONNX and TensorRT, and prove each artifact against eager PyTorch."""
+
+
+@cli.command()
+@click.argument("checkpoint", type=FOLDER)
+@click.option("-o", "--out", type=FOLDER, required=True, help="Folder to make.")
+@click.option(
+    "--target",
+    "targets",
+    multiple=True,
+    default=("onnx",),
+    help="onnx (always made), tensorrt-rtx, tensorrt; may be repeated.",
+)
+@click.option("--layout", default="portable", show_default=True, help="How the ONNX graph carries its cache.")
+@click.option("--precision", help="fp32, fp16 or bf16.  [default: as the checkpoint is stored]")
+@click.option(
+    "--max-len",
+    type=int,
+    help="Tokens the cache holds, prompt included.  [default: max_position_embeddings, at most 4096]",
+)
+@click.option("--max-batch", type=int, default=8, show_default=True, help="Most rows of a batch.")
+@click.option(
+    "--weights",
+    default="copy",
+    show_default=True,
+    help="copy, or reference: write the graph beside the checkpoint's own files.",
+)
+@click.option("--verify/--no-verify", default=True, show_default=True, help="Compare with eager PyTorch.")
+@click.option("--gpu-arch", "gpu_archs", multiple=True, help="For tensorrt-rtx, such as 89; may be repeated.")
+@click.option("--force", is_flag=True, help="Replace an artifact that is already there.")
+@_json_option
+@_quiet_option
+def export(checkpoint: Path, out: Path, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Export CHECKPOINT (a Hugging Face folder with safetensors) to an artifact folder."""
+    from exporter.pipeline import ExportRequest
+    from exporter.pipeline import export as run_export
+
+    start = time.perf_counter()
+    request = ExportRequest(checkpoint=checkpoint, out=out, **options)
+    with _progress(quiet) as progress:
+        result = run_export(request, progress)
+    for warning in result.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    manifest = result.manifest
+    if as_json:
+        parity = None if result.parity is None else result.parity.to_dict()
+        _print_json({"out": str(out), "seconds": round(time.perf_counter() - start, 2)} | _summary(manifest, parity))
+    else:
+        _print_manifest(manifest, title=str(out))
+        if result.parity is not None:
+            _print_parity(result.parity)
+    if result.parity is not None and not result.parity.passed:
+        sys.exit(EXIT_PARITY_FAILED)
+
+
+@cli.command()
+@click.argument("artifact", type=FOLDER)
+@click.option("--reference", type=FOLDER, help="Checkpoint to compare with.  [default: the artifact's own weights]")
+@_runtime_option
+@_device_option
+@_json_option
+@_quiet_option
+def verify(
+    artifact: Path, reference: Path | None, runtime: str, device: str | None, as_json: bool, quiet: bool
+) -> None:
+    """Check every file's hash, then compare ARTIFACT with eager PyTorch; exit 1 when it differs."""
+    from exporter.verify import verify_artifact
+    from runtimes.artifact import open_artifact
+    from runtimes.parity import ParitySummary
+
+    with _progress(quiet) as progress:
+        progress.start("check hashes")
+        opened = open_artifact(artifact)
+        report = verify_artifact(
+            opened, lambda: _open_runner(opened, runtime, device), reference, on_stage=progress.start
+        )
+    summary = ParitySummary(reports=(report,), not_run={})
+    if as_json:
+        _print_json(summary.to_dict())
+    else:
+        _print_parity(summary)
+    if not report.passed:
+        sys.exit(EXIT_PARITY_FAILED)
+
+
+@cli.command()
+@click.argument("artifact", type=FOLDER)
+@click.option("--prompt", required=True, help="Text to continue.")
+@click.option("--max-new-tokens", type=int, help="[default: until a stop id, or the cache is full]")
+@_runtime_option
+@_device_option
+@_json_option
+def generate(
+    artifact: Path, prompt: str, max_new_tokens: int | None, runtime: str, device: str | None, as_json: bool
+) -> None:
+    """Continue a prompt with ARTIFACT, greedily."""
+    from runtimes.artifact import open_artifact
+    from runtimes.generation import generate as run_generate
+    from runtimes.generation import read_stop_ids
+    from runtimes.tokenizer import Tokenizer
+
+    opened = open_artifact(artifact)
+    tokenizer = Tokenizer(opened.folder)
+    prompt_ids = tokenizer.encode(prompt)
+    stream = _TextStream(tokenizer.decode, prompt_ids)
+    start = time.perf_counter()
+    with _open_runner(opened, runtime, device) as runner:
+        load_s = time.perf_counter() - start
+        result = run_generate(
+            runner,
+            [prompt_ids],
+            max_new_tokens,
+            stop_ids=read_stop_ids(opened.folder),
+            on_token=None if as_json else lambda row, token: stream.add(token),
+        )
+    if not as_json:
+        click.echo()
+        return
+    timings = {
+        "load_s": round(load_s, 4),
+        "prefill_s": round(result.prefill_s, 4),
+        "decode_s": round(result.decode_s, 4),
+        "decode_tokens_per_s": round(result.decode_steps / result.decode_s, 1) if result.decode_steps else None,
+    }
+    (token_ids,) = result.token_ids
+    _print_json(
+        {
+            "text": stream.text_of(token_ids),
+            "prompt_ids": prompt_ids,
+            "token_ids": token_ids,
+            "timings": timings,
+        }
+    )
+
+
+@cli.command()
+@click.argument("path", metavar="CHECKPOINT_OR_ARTIFACT", type=FOLDER)
+@_json_option
+def inspect(path: Path, as_json: bool) -> None:
+    """Describe a checkpoint (what would be exported) or an artifact (what it holds)."""
+    from runtimes.artifact import MANIFEST
+
+    if (path / MANIFEST).is_file():
+        from runtimes.artifact import open_artifact
+
+        manifest = open_artifact(path).manifest
+        if as_json:
+            _print_json(_summary(manifest, manifest.parity))
+        else:
+            _print_manifest(manifest, title=str(path))
+            _print_signature(manifest)
+        return
+    from exporter.inspection import inspect_checkpoint
+
+    facts = inspect_checkpoint(path)
+    if as_json:
+        _print_json(facts)
+    else:
+        _print_facts({key.replace("_", " "): value for key, value in facts.items()}, title=str(path))
+
+
+def main() -> None:
+    """Entry point: run the command; a user's mistake becomes one message and exit code 2."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        sys.exit(cli.main(standalone_mode=False) or 0)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(EXIT_WRONG_INPUT)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted: nothing was left behind", err=True)
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(EXIT_WRONG_INPUT)
+    except OSError as error:
+        click.echo(f"error: {_os_error(error)}", err=True)
+        sys.exit(EXIT_WRONG_INPUT)
+    except Exception as error:
+        if _is_users(error):
+            click.echo(f"error: {error}", err=True)
+            sys.exit(EXIT_WRONG_INPUT)
+        traceback.print_exc()
+        click.echo("this is a bug in export-llm; please report it with the lines above", err=True)
+        sys.exit(EXIT_BUG)
+
+
+def _is_users(error: Exception) -> bool:
+    """True for the exceptions whose message is meant for the user."""
+    return isinstance(error, ArtifactError | CheckpointError | ExportError | FeedError | RuntimeMissingError)
+
+
+def _os_error(error: OSError) -> str:
+    import errno
+
+    where = f"{error.filename}: " if error.filename else ""
+    if error.errno == errno.ENOSPC:
+        return f"{where}the disk is full ({error.strerror}); nothing was left behind: free space, or choose another OUT"
+    return f"{where}{error.strerror or error}"
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    sys.exit(EXIT_TERMINATED)  # an exception, so that unfinished files are removed
+
+
+def _open_runner(artifact: "Artifact", runtime: str, device: str | None) -> "Runner":
+    from runtimes.runner import open_runner
+
+    if device and runtime != "onnxruntime":
+        raise FeedError(f"--device is for onnxruntime; {runtime} runs on the GPU")
+    return open_runner(artifact, runtime, **({"device": device} if device else {}))
+
+
+class _TextStream:
+    """Prints text as tokens come. A token may be half a character, so the whole is decoded each time."""
+
+    def __init__(self, decode: Callable[[list[int]], str], prompt_ids: list[int]) -> None:
+        self._decode = decode
+        self._prompt_ids = prompt_ids
+        self._ids: list[int] = []
+        self._printed = 0
+
+    def text_of(self, ids: list[int]) -> str:
+        """The text that `ids` add to the prompt's."""
+        return self._decode([*self._prompt_ids, *ids])[len(self._decode(self._prompt_ids)) :]
+
+    def add(self, token: int) -> None:
+        """Print what this token completes."""
+        self._ids.append(token)
+        text = self.text_of(self._ids)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            click.echo(text[self._printed :], nl=False)
+            self._printed = len(text)
+
+
+def _progress(quiet: bool) -> Any:
+    from rich.console import Console
+
+    from exporter.progress import make_progress
+
+    return make_progress(Console(stderr=True), quiet)
+
+
+def _print_json(data: Any) -> None:
+    click.echo(json.dumps(data, indent=1))
+
+
+def _summary(manifest: "Manifest", parity: Any) -> dict[str, Any]:
+    """What --json prints of an artifact."""
+    return {
+        "model_type": manifest.config["model_type"],
+        "layout": manifest.layout,
+        "precision": manifest.precision,
+        "max_len": manifest.cache.max_len,
+        "max_batch": manifest.max_batch,
+        "cache_bytes_per_token": manifest.cache.bytes_per_token,
+        "files": {name: entry.bytes for name, entry in manifest.files.items()},
+        "engines": {
+            name: {"file": engine.file, "library_version": engine.library_version, "gpu_archs": engine.gpu_archs}
+            for name, engine in manifest.engines.items()
+        },
+        "graphs": {name: graph.signature.to_json() for name, graph in manifest.graphs.items()},
+        "parity": parity,
+        "tools": dict(manifest.tools),
+    }
+
+
+def _table(*columns: str, title: str | None = None) -> Any:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _print_table(table: Any) -> None:
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)
+    console.print(table)
+
+
+def _print_facts(facts: dict[str, Any], title: str) -> None:
+    table = _table("", "", title=title)
+    for key, value in facts.items():
+        table.add_row(key, f"{value:,}" if isinstance(value, int) else str(value))
+    _print_table(table)
+
+
+def _print_manifest(manifest: "Manifest", title: str) -> None:
+    cache = manifest.cache
+    facts: dict[str, Any] = {
+        "model": f"{manifest.config['model_type']}, {cache.layers} layers",
+        "layout": f"{manifest.layout}, {manifest.precision}",
+        "cache": f"{cache.max_len} tokens, {manifest.max_batch} rows at most, {cache.bytes_per_token:,} bytes a token",
+    }
+    facts |= {name: f"{entry.bytes:,} bytes" for name, entry in manifest.files.items()}
+    for name, engine in manifest.engines.items():
+        archs = ", ".join(engine.gpu_archs) or "every architecture it supports"
+        facts[f"{name} engine"] = f"version {engine.library_version}, for {archs}"
+    verdict = "not run" if manifest.parity is None else "passed" if manifest.parity["passed"] else "FAILED"
+    facts["parity"] = verdict
+    _print_facts(facts, title)
+
+
+def _print_signature(manifest: "Manifest") -> None:
+    from rich.markup import escape
+
+    signature = manifest.graphs["decoder"].signature
+    table = _table("tensor", "dtype", "shape")
+    for spec in (*signature.inputs, *signature.outputs):
+        table.add_row(spec.name, spec.dtype, escape("[" + ", ".join(str(dim) for dim in spec.shape) + "]"))
+    _print_table(table)
+
+
+def _print_parity(summary: "ParitySummary") -> None:
+    for report in summary.reports:
+        table = _table("rung", "max error", "limit", "rms error", "limit", "eager's own", "", title=report.runtime)
+        for rung in report.rungs:
+            numbers = (rung.max_error, rung.max_limit, rung.rms_error, rung.rms_limit, rung.eager_max_error)
+            table.add_row(rung.name, *(f"{n:.1e}" for n in numbers), "ok" if rung.passed else f"FAILED {rung.note}")
+        _print_table(table)
+        click.echo(f"reference: {report.reference}")
+        click.echo(f"parity {'passed' if report.passed else 'FAILED'} on {report.runtime}")
+    for runtime, reason in summary.not_run.items():
+        click.echo(f"not verified on {runtime}: {reason}")
+
+
+if __name__ == "__main__":
+    main()

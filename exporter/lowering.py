@@ -1,0 +1,70 @@
+"""Lowering: a torch.export program becomes an ONNX graph with the layout's operators and the signature's names.
+
+Weights are not in the graph yet: each initializer has the name, dtype and shape of a checkpoint tensor and no value.
+exporter/weights.py points them at safetensors files.
+"""
+
+from collections.abc import Mapping
+
+import onnx_ir as ir
+import onnxscript.optimizer
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from exporter.layouts.layout import Layout
+from exporter.passes.name_interface import name_interface
+from exporter.passes.name_nodes import name_nodes
+from exporter.passes.strip_metadata import strip_metadata
+from exporter.quiet import quiet_torch
+from runtimes.signature import GraphSignature
+
+WRAPPER_PREFIX = "decoder."  # where a layout's wrapper holds the TransformerDecoder
+
+
+def lower(
+    program: ExportedProgram,
+    layout: Layout,
+    signature: GraphSignature,
+    tensor_names: Mapping[str, str],
+    buffers: Mapping[str, Tensor],
+) -> ir.Model:
+    """Build the ONNX graph.
+
+    Args:
+        tensor_names: {parameter name: checkpoint tensor name}.
+        buffers: values of the decoder's buffers, which are stored in the graph itself (rotary frequencies).
+    """
+    with quiet_torch():
+        onnx_program = torch.onnx.export(
+            program,
+            opset_version=layout.opset,
+            custom_translation_table=dict(layout.lowerings),
+            optimize=False,  # folding would read the weights; see below
+            verbose=False,
+        )
+        assert onnx_program is not None
+        model = onnx_program.model
+        _bind_initializers(model, tensor_names, buffers)
+        onnxscript.optimizer.optimize_ir(model, onnx_shape_inference=False)
+    name_interface(model, signature)
+    name_nodes(model)
+    strip_metadata(model)
+    model.producer_name = "export-llm"
+    model.producer_version = None
+    model.graph.name = "decoder"
+    return model
+
+
+def _bind_initializers(model: ir.Model, tensor_names: Mapping[str, str], buffers: Mapping[str, Tensor]) -> None:
+    """Give parameters their checkpoint names and no value (so that no pass can look inside), buffers their values."""
+    for name, value in list(model.graph.initializers.items()):
+        inner = name.removeprefix(WRAPPER_PREFIX)
+        if not value.uses():
+            del model.graph.initializers[name]
+        elif inner in tensor_names:
+            value.const_value = None
+            value.name = tensor_names[inner]
+        else:
+            value.name = inner.rpartition(".")[2]
+            value.const_value = ir.tensor(buffers[inner].numpy(), name=value.name)

@@ -1,0 +1,27 @@
+"""Name nodes and values after the module that made them: `layers.0.attn.q_proj/MatMul`."""
+
+import ast
+from collections import Counter
+
+import onnx_ir as ir
+
+SCOPES_KEY = "pkg.torch.onnx.name_scopes"  # written by torch.onnx: a list of module paths, the operator's name last
+
+
+def name_nodes(model: ir.Model) -> None:
+    """Rename every node, and its outputs unless they are graph outputs; graph inputs and initializers are kept."""
+    used: Counter[str] = Counter()
+    interface = set(model.graph.outputs)
+    for node in model.graph:
+        base = f"{_module_path(node)}/{node.op_type}"
+        used[base] += 1
+        node.name = base if used[base] == 1 else f"{base}_{used[base]}"
+        for index, value in enumerate(node.outputs):
+            if value not in interface:
+                value.name = node.name if index == 0 else f"{node.name}:{index}"
+
+
+def _module_path(node: ir.Node) -> str:
+    scopes = ast.literal_eval(node.metadata_props.get(SCOPES_KEY, "[]"))
+    modules = scopes[:-1]
+    return modules[-1].removeprefix("decoder").lstrip(".") if modules else ""

@@ -1,0 +1,280 @@
+"""One export, from checkpoint to artifact: the story, in order."""
+
+import dataclasses
+import functools
+import importlib.metadata
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import torch
+
+from exporter.capture import build_on_meta, capture
+from exporter.errors import ExportError
+from exporter.layouts import LAYOUTS
+from exporter.lowering import lower
+from exporter.precision import Precision, find_precision
+from exporter.progress import Progress, Quiet
+from exporter.staging import Staging, check_destination, stage
+from exporter.targets import TARGETS
+from exporter.verify import verify
+from exporter.weights import attach_weights, copy_file, plan_weights, require_space, write_weights
+from graphs.checkpoint import Checkpoint, open_checkpoint
+from graphs.config import DecoderConfig
+from graphs.families import Family, find_family
+from graphs.loading import check_weights
+from runtimes.artifact import MANIFEST, EngineEntry, GraphEntry, Manifest, file_entry
+from runtimes.errors import RuntimeMissingError
+from runtimes.onnxruntime_runner import OnnxRuntimeRunner
+from runtimes.parity import ParitySummary
+from runtimes.runner import Runner
+from runtimes.signature import CacheSpec, GraphSignature
+from runtimes.tensorrt_runner import TENSORRT_RUNNERS
+
+DEFAULT_MAX_LEN = 4096  # capacity when none is asked for: a long context's cache would not fit most machines
+DEFAULT_MAX_BATCH = 8
+GRAPH_FILE = "decoder.onnx"
+PARITY_FILE = "parity.json"
+WEIGHT_MODES = ("copy", "reference")
+# Files of a checkpoint that clients of the artifact need, and that are taken over as they are.
+COPIED_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRequest:
+    """What the user asked for."""
+
+    checkpoint: Path
+    out: Path
+    targets: tuple[str, ...] = ("onnx",)
+    layout: str = "portable"
+    precision: str | None = None  # None: as the checkpoint is stored
+    max_len: int | None = None  # None: max_position_embeddings, at most DEFAULT_MAX_LEN
+    max_batch: int = DEFAULT_MAX_BATCH
+    weights: str = "copy"
+    verify: bool = True
+    force: bool = False
+    gpu_archs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportResult:
+    """What was made."""
+
+    out: Path
+    manifest: Manifest
+    parity: ParitySummary | None  # None: not asked for
+    warnings: tuple[str, ...]
+
+
+def export(request: ExportRequest, progress: Progress | None = None) -> ExportResult:
+    """Make an artifact; on any error nothing is left at `request.out` that was not there before.
+
+    Raises:
+        CheckpointError, ExportError, RuntimeMissingError: the user's input or machine does not allow it.
+        OSError: the disk is full, or not writable.
+    """
+    progress = progress or Quiet()
+    progress.start("check")
+    in_place = request.weights == "reference"
+    check_request(request)
+    check_destination(request.out, request.checkpoint, reference=in_place, force=request.force)
+    checkpoint = open_checkpoint(request.checkpoint)
+    family = find_family(checkpoint.config)
+    config = family.parse_config(checkpoint.config)
+    check_weights(family, config, checkpoint)
+    precision = find_precision(request.precision, checkpoint.dtype)
+    max_len, warnings = choose_max_len(request.max_len, config)
+    cache = cache_spec(config, max_len, precision)
+    signature = LAYOUTS[request.layout].signature(config, cache, request.max_batch)
+    plan = plan_weights(checkpoint, family.tensor_names(config).values(), precision, request.weights)
+
+    with stage(request.out, in_place=in_place) as staging:
+        require_space(staging.folder, plan.nbytes)
+        model = trace(family, config, request.layout, precision, signature, progress)
+        progress.start("write weights", plan.nbytes or None)
+        names = write_weights(plan, staging.path, progress.advance)
+        progress.start("write and check graph")
+        attach_weights(model, plan)
+        save_checked(model, staging.path(GRAPH_FILE))
+        names += [GRAPH_FILE] if in_place else [GRAPH_FILE, *_copy_small_files(request.checkpoint, staging)]
+        engines = _build_engines(request, staging, signature, progress)
+        names += [engine.file for engine in engines.values()]
+        parity = None
+        if request.verify:
+            parity = _verify_all(request, checkpoint, staging, signature, cache, engines, progress)
+            staging.path(PARITY_FILE).write_text(parity.to_json(), encoding="utf-8")
+            names.append(PARITY_FILE)
+        progress.start("hash files")
+        files = {name: file_entry(staging.path(name)) for name in sorted(names)}
+        if in_place:
+            used = {str(tensor.path) for tensor in plan.placed.values()} | {"config.json"}
+            files |= {name: file_entry(request.checkpoint / name) for name in sorted(used)}
+        manifest = Manifest(
+            config=dataclasses.asdict(config),
+            layout=request.layout,
+            precision=precision.name,
+            max_batch=request.max_batch,
+            cache=cache,
+            graphs={"decoder": GraphEntry(file=GRAPH_FILE, signature=signature)},
+            engines=engines,
+            files=files,
+            parity=None if parity is None else parity.short(),
+            tools=tool_versions(),
+        )
+        staging.path(MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    return ExportResult(out=request.out, manifest=manifest, parity=parity, warnings=warnings)
+
+
+def check_request(request: ExportRequest) -> None:
+    """Refuse what cannot be done before any work is; ExportError or RuntimeMissingError."""
+    if request.layout not in LAYOUTS:
+        raise ExportError(f"layout {request.layout!r} is not supported; supported: {', '.join(LAYOUTS)}")
+    if request.weights not in WEIGHT_MODES:
+        raise ExportError(f"--weights {request.weights!r} is not supported; supported: {', '.join(WEIGHT_MODES)}")
+    if request.max_batch < 1:
+        raise ExportError(f"--max-batch must be at least 1, got {request.max_batch}")
+    for name in request.targets:
+        if name not in TARGETS:
+            raise ExportError(f"target {name!r} is not supported; supported: {', '.join(TARGETS)}")
+        TARGETS[name].check(request.gpu_archs)
+    if request.gpu_archs and "tensorrt-rtx" not in request.targets:
+        raise ExportError("--gpu-arch needs --target tensorrt-rtx")
+
+
+def choose_max_len(asked: int | None, config: DecoderConfig) -> tuple[int, tuple[str, ...]]:
+    """(cache capacity in tokens, warnings)."""
+    trained = config.max_position_embeddings
+    if asked is None:
+        return min(trained, DEFAULT_MAX_LEN), ()
+    if asked < 1:
+        raise ExportError(f"--max-len must be at least 1, got {asked}")
+    if asked > trained:
+        return asked, (f"--max-len {asked} goes beyond the {trained} positions the model was trained for",)
+    return asked, ()
+
+
+def cache_spec(config: DecoderConfig, max_len: int, precision: Precision) -> CacheSpec:
+    """The decoder's cache."""
+    return CacheSpec(
+        layers=config.num_hidden_layers,
+        kv_heads=config.num_key_value_heads,
+        max_len=max_len,
+        head_dim=config.head_dim,
+        dtype=precision.dtype,
+    )
+
+
+def trace(
+    family: Family,
+    config: DecoderConfig,
+    layout_name: str,
+    precision: Precision,
+    signature: GraphSignature,
+    progress: Progress,
+) -> ir.Model:
+    """Capture and lower, without reading a weight."""
+    layout = LAYOUTS[layout_name]
+    progress.start("capture")
+    decoder = build_on_meta(family, config, getattr(torch, precision.dtype))
+    program = capture(decoder, layout, signature)
+    progress.start("lower to ONNX")
+    return lower(program, layout, signature, family.tensor_names(config), decoder.real_buffers())
+
+
+def save_checked(model: ir.Model, path: Path) -> None:
+    """Write the graph, and let ONNX check it in full, shape inference included."""
+    ir.save(model, path)
+    onnx.checker.check_model(str(path), full_check=True)
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions of everything that takes part in an export, where installed."""
+    packages = ["export-llm", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu"]
+    packages += ["tensorrt", "tensorrt-rtx"]
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _copy_small_files(checkpoint: Path, staging: Staging) -> list[str]:
+    names = [name for name in COPIED_FILES if (checkpoint / name).is_file()]
+    for name in names:
+        copy_file(checkpoint / name, staging.path(name))
+    return names
+
+
+def _build_engines(
+    request: ExportRequest, staging: Staging, signature: GraphSignature, progress: Progress
+) -> dict[str, EngineEntry]:
+    engines = {}
+    for name in dict.fromkeys(request.targets):
+        finish = TARGETS[name].finish
+        if finish is not None:
+            file = f"decoder.{name}.engine"
+            engine = finish(
+                staging.path(GRAPH_FILE),
+                staging.path(file),
+                signature,
+                gpu_archs=request.gpu_archs if name == "tensorrt-rtx" else (),
+                progress=progress,
+            )
+            engines[name] = dataclasses.replace(engine, file=file)
+    return engines
+
+
+def _verify_all(
+    request: ExportRequest,
+    checkpoint: Checkpoint,
+    staging: Staging,
+    signature: GraphSignature,
+    cache: CacheSpec,
+    engines: dict[str, EngineEntry],
+    progress: Progress,
+) -> ParitySummary:
+    """Verify the graph on ONNX Runtime, and every engine that can run on this machine."""
+    openers: dict[str, Callable[[], Runner]] = {
+        "onnxruntime": lambda: OnnxRuntimeRunner(staging.path(GRAPH_FILE), signature, cache)
+    }
+    for name, engine in engines.items():
+        openers[name] = _engine_opener(name, staging.path(engine.file), signature, cache)
+    reports, not_run = [], {}
+    for name, opener in openers.items():
+        try:
+            reports.append(
+                verify(
+                    opener,
+                    checkpoint,
+                    layout=request.layout,
+                    signature=signature,
+                    cache=cache,
+                    on_stage=functools.partial(_start_verify_stage, progress, name),
+                )
+            )
+        except RuntimeMissingError as error:
+            not_run[name] = str(error)
+    return ParitySummary(reports=tuple(reports), not_run=not_run)
+
+
+def _engine_opener(name: str, path: Path, signature: GraphSignature, cache: CacheSpec) -> Callable[[], Runner]:
+    return lambda: TENSORRT_RUNNERS[name](path, signature, cache)
+
+
+def _start_verify_stage(progress: Progress, runtime: str, stage: str) -> None:
+    progress.start(f"verify on {runtime}: {stage}")

@@ -1,0 +1,1 @@
+"""What is computed: configuration, checkpoint reading, boundary operators, and the reference decoder in PyTorch."""

@@ -1,0 +1,225 @@
+"""Reading a Hugging Face checkpoint folder: config.json and safetensors, memory-mapped, checked before any use.
+
+Nothing is ever unpickled. Opening reads headers only; `load_tensor` maps one tensor's bytes.
+"""
+
+import dataclasses
+import json
+import math
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from graphs.config import read_json
+from graphs.errors import CheckpointError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+CHUNK_BYTES = 16 << 20  # how much of a file is held at once when it is streamed
+
+# safetensors dtype: (torch dtype, bytes per element)
+FLOAT_DTYPES: dict[str, tuple[torch.dtype, int]] = {
+    "F32": (torch.float32, 4),
+    "F16": (torch.float16, 2),
+    "BF16": (torch.bfloat16, 2),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """Where one tensor lies: `nbytes` bytes at `offset` from the start of `path`."""
+
+    name: str
+    dtype: str  # as safetensors writes it: F32, F16, BF16, ..
+    shape: tuple[int, ...]
+    path: Path
+    offset: int
+    nbytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """An opened checkpoint: its config.json and where each tensor lies."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def dtype(self) -> str:
+        """The float dtype most of the bytes have: F32, F16 or BF16."""
+        sizes = dict.fromkeys(FLOAT_DTYPES, 0)
+        for tensor in self.tensors.values():
+            if tensor.dtype in sizes:
+                sizes[tensor.dtype] += tensor.nbytes
+        return max(sizes, key=lambda dtype: sizes[dtype])
+
+    def parameter_count(self, names: Iterable[str]) -> int:
+        """Elements in the named tensors, each counted once."""
+        return sum(math.prod(self.tensors[name].shape) for name in set(names))
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Open a checkpoint folder and read its safetensors headers.
+
+    Raises:
+        CheckpointError: it is absent or no checkpoint, or a file is missing, truncated or inconsistent.
+    """
+    if not folder.exists():
+        raise CheckpointError(f"{folder} does not exist: pass the folder that holds config.json and model.safetensors")
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file: pass the folder that holds config.json and model.safetensors")
+    if not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder} is not a checkpoint: it holds no config.json")
+    config = read_json(folder / "config.json")
+    tensors: dict[str, StoredTensor] = {}
+    if (folder / INDEX_FILE).exists():
+        weight_map = _read_index(folder)
+        for file_name in sorted(set(weight_map.values())):
+            _merge(tensors, read_header(folder / file_name))
+        absent = sorted(
+            name for name, file in weight_map.items() if name not in tensors or tensors[name].path.name != file
+        )
+        if absent:
+            raise CheckpointError(
+                f"{folder / INDEX_FILE} lists tensors that their shard does not hold: {_some(absent)}"
+            )
+    elif (folder / SINGLE_FILE).exists():
+        tensors = read_header(folder / SINGLE_FILE)
+    else:
+        pickled = sorted(path.name for suffix in ("*.bin", "*.pth", "*.pt") for path in folder.glob(suffix))
+        hint = f" ({_some(pickled)} would have to be unpickled, which is never done: convert it to safetensors)"
+        raise CheckpointError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}" + (hint if pickled else ""))
+    return Checkpoint(folder=folder, config=config, tensors=tensors)
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """weight_map of the index: {tensor name: file name}, every file inside the folder and present."""
+    path = folder / INDEX_FILE
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path}: weight_map must be an object that names the file of each tensor")
+    for name, file_name in weight_map.items():
+        if not isinstance(file_name, str) or Path(file_name).name != file_name or file_name in ("", ".", ".."):
+            raise CheckpointError(
+                f"{path}: {name} points outside the checkpoint folder ({file_name!r}); expected a plain file name"
+            )
+    missing = sorted({file for file in weight_map.values() if not (folder / file).is_file()})
+    if missing:
+        raise CheckpointError(f"{folder} lacks {len(missing)} of the shards that its index lists: {_some(missing)}")
+    return weight_map
+
+
+def _merge(into: dict[str, StoredTensor], more: dict[str, StoredTensor]) -> None:
+    twice = sorted(into.keys() & more.keys())
+    if twice:
+        first, second = into[twice[0]].path.name, more[twice[0]].path.name
+        raise CheckpointError(f"{first} and {second} both hold {_some(twice)}")
+    into.update(more)
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file; CheckpointError when the header or the file's size is wrong."""
+    try:
+        with safe_open(path, framework="numpy"):  # the library checks the header: sizes, overlaps, holes, truncation
+            pass
+        with path.open("rb") as file:
+            (header_bytes,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(header_bytes))
+    except (SafetensorError, OSError, ValueError, struct.error) as error:
+        raise CheckpointError(f"{path} is damaged or not a safetensors file (truncated download?): {error}") from None
+    start = 8 + header_bytes
+    tensors = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            begin, end = entry["data_offsets"]
+            tensors[name] = StoredTensor(
+                name=name,
+                dtype=entry["dtype"],
+                shape=tuple(entry["shape"]),
+                path=path,
+                offset=start + begin,
+                nbytes=end - begin,
+            )
+    return tensors
+
+
+def check_tensors(
+    checkpoint: Checkpoint,
+    expected: Mapping[str, tuple[int, ...]],
+    ignorable: Callable[[str], bool],
+    duplicates: Mapping[str, str],
+) -> None:
+    """Compare the checkpoint with {tensor name: shape}; CheckpointError lists everything that is wrong.
+
+    Args:
+        ignorable: says of a tensor's name that it may be there and is not used.
+        duplicates: {name: original} of tensors that may be there if they hold what their original holds (tied heads).
+    """
+    found = checkpoint.tensors
+    problems = [f"missing: {name} {list(shape)}" for name, shape in sorted(expected.items()) if name not in found]
+    problems += [
+        f"unexpected: {name} {list(found[name].shape)}"
+        for name in sorted(found.keys() - expected.keys())
+        if not ignorable(name) and name not in duplicates
+    ]
+    for name, shape in sorted(expected.items()):
+        tensor = found.get(name)
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            problems.append(f"wrong shape: {name} is {list(tensor.shape)}, expected {list(shape)}")
+        if tensor.dtype not in FLOAT_DTYPES:
+            problems.append(f"wrong dtype: {name} is {tensor.dtype}, expected one of {', '.join(FLOAT_DTYPES)}")
+    for name, original in sorted(duplicates.items()):
+        if name in found and original in found and not _same_values(found[name], found[original]):
+            problems.append(
+                f"contradiction: config.json ties {name} to {original}, but they differ: set tie_word_embeddings to"
+                f" false to use {name}, or remove it"
+            )
+    if problems:
+        lines = "\n  ".join(problems)
+        raise CheckpointError(
+            f"{checkpoint.folder} does not hold the tensors that its config.json describes:\n  {lines}"
+        )
+
+
+def _same_values(first: StoredTensor, second: StoredTensor) -> bool:
+    if (first.shape, first.dtype) != (second.shape, second.dtype):
+        return False
+    with first.path.open("rb") as a, second.path.open("rb") as b:
+        a.seek(first.offset)
+        b.seek(second.offset)
+        for start in range(0, first.nbytes, CHUNK_BYTES):
+            size = min(CHUNK_BYTES, first.nbytes - start)
+            if a.read(size) != b.read(size):
+                return False
+    return True
+
+
+def load_tensor(stored: StoredTensor) -> Tensor:
+    """The tensor in its stored dtype, memory-mapped (copy on write): pages are read when they are used."""
+    dtype, item_bytes = FLOAT_DTYPES[stored.dtype]
+    if stored.nbytes == 0:
+        return torch.empty(stored.shape, dtype=dtype)
+    raw: np.ndarray = np.memmap(stored.path, dtype=np.uint8, mode="c", offset=stored.offset, shape=(stored.nbytes,))
+    if stored.offset % item_bytes:  # a header of odd length leaves the data unaligned
+        raw = np.array(raw)
+    return torch.from_numpy(raw).view(dtype).reshape(stored.shape)
+
+
+def _some(names: list[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

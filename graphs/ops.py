@@ -1,0 +1,177 @@
+"""The boundary operators: the places where runtimes have fused kernels, as operators of our own.
+
+Each has a plain PyTorch reference (its eager implementation and its gradient), a fake implementation that gives
+shapes only, and one lowering per ONNX layout (exporter/layouts/). The model calls these, so lowering is a table
+look-up and never pattern matching.
+
+Letters in shapes: B batch, S new tokens, T keys that may be seen, M cache capacity, H query heads, K key/value heads,
+D head dimension. Arithmetic is at least float32 inside each operator; results have the dtype of the first argument.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last dimension; RMSNorm, arXiv:1910.07467.
+
+    The normalised value is rounded to x's dtype before the weight multiplies it, as in Hugging Face's Llama and in
+    ONNX RMSNormalization-23.
+    """
+    wide = x.to(_compute_dtype(x))  # at least fp32: the mean of squares overflows fp16
+    normal = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    return normal.to(x.dtype) * weight
+
+
+def rotary_reference(x_BHSD: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """Rotate pairs of x by the angles whose cos and sin are given, [B, S, D/2]; RoFormer, arXiv:2104.09864.
+
+    Pairs are (i, i + D/2), or (2i, 2i + 1) when `interleaved`: ONNX RotaryEmbedding-23's two conventions.
+    """
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    if interleaved:
+        first, second = x_BHSD[..., 0::2], x_BHSD[..., 1::2]
+    else:
+        first, second = x_BHSD.chunk(2, dim=-1)
+    pair = (first * cos - second * sin, first * sin + second * cos)
+    return torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
+
+
+def update_kv_cache_reference(cache_BKMD: Tensor, new_BKSD: Tensor, write_indices: Tensor) -> Tensor:
+    """Write row b's new keys (or values) at write_indices[b]; the cache shape is unchanged. ONNX TensorScatter-24."""
+    steps = torch.arange(new_BKSD.shape[2], device=write_indices.device)
+    slots_BS = write_indices[:, None] + steps
+    index = slots_BS[:, None, :, None].expand(new_BKSD.shape)
+    return cache_BKMD.scatter(2, index, new_BKSD)
+
+
+def attention_reference(q_BHSD: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """softmax(scale q k^T, over keys where mask is True) v; grouped queries share key/value heads, arXiv:2305.13245.
+
+    `mask` is bool, [B, 1, S, T] or with a batch of 1, and every query must see one key at least. Only the first T
+    slots of k and v are read, T <= M: cost follows the active length, not the capacity. ONNX Slice + Attention-23.
+    """
+    batch, heads, queries, dim = q_BHSD.shape
+    kv_heads, active = k_BKMD.shape[1], mask.shape[-1]
+    k_BKTD, v_BKTD = k_BKMD[:, :, :active], v_BKMD[:, :, :active]
+    dtype = _compute_dtype(q_BHSD)
+    # query head h uses key/value head h // group: heads of one group are neighbours
+    q = q_BHSD.to(dtype).reshape(batch, kv_heads, heads // kv_heads, queries, dim)
+    k, v = k_BKTD.to(dtype).unsqueeze(2), v_BKTD.to(dtype).unsqueeze(2)
+    scores = (q @ k.transpose(-1, -2)) * scale
+    scores = scores.masked_fill(~mask.unsqueeze(2), float("-inf"))
+    out = torch.softmax(scores, dim=-1) @ v
+    return out.reshape(batch, heads, queries, v_BKTD.shape[-1]).to(q_BHSD.dtype)
+
+
+def split_heads_reference(x: Tensor, head_dim: int) -> Tensor:
+    """[B, S, heads * D] -> [B, heads, S, D]; head h is columns h * D to (h + 1) * D."""
+    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2).contiguous()
+
+
+def merge_heads_reference(x_BHSD: Tensor) -> Tensor:
+    """[B, heads, S, D] -> [B, S, heads * D], the inverse of split_heads."""
+    return x_BHSD.transpose(1, 2).flatten(2).contiguous()
+
+
+@torch.library.custom_op("export_llm::rms_norm", mutates_args=())
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return rms_norm_reference(x, weight, eps)
+
+
+@rms_norm.register_fake
+def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("export_llm::rotary", mutates_args=())
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    return rotary_reference(x, cos, sin, interleaved)
+
+
+@rotary.register_fake
+def _(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("export_llm::update_kv_cache", mutates_args=())
+def update_kv_cache(cache: Tensor, new: Tensor, write_indices: Tensor) -> Tensor:
+    return update_kv_cache_reference(cache, new, write_indices)
+
+
+@update_kv_cache.register_fake
+def _(cache: Tensor, new: Tensor, write_indices: Tensor) -> Tensor:
+    return torch.empty_like(cache)
+
+
+@torch.library.custom_op("export_llm::attention", mutates_args=())
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    return attention_reference(q, k, v, mask, scale).contiguous()
+
+
+@attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    return q.new_empty((*q.shape[:-1], v.shape[-1]))
+
+
+# Reshapes have no fused kernel, but as operators of ours they lower to two nodes with constant shapes, where a traced
+# reshape computes its shape anew in every layer.
+@torch.library.custom_op("export_llm::split_heads", mutates_args=())
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    return split_heads_reference(x, head_dim)
+
+
+@split_heads.register_fake
+def _(x: Tensor, head_dim: int) -> Tensor:
+    return x.new_empty((x.shape[0], x.shape[2] // head_dim, x.shape[1], head_dim))
+
+
+@torch.library.custom_op("export_llm::merge_heads", mutates_args=())
+def merge_heads(x: Tensor) -> Tensor:
+    return merge_heads_reference(x)
+
+
+@merge_heads.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], x.shape[2], x.shape[1] * x.shape[3]))
+
+
+REFERENCES: dict[Any, Callable[..., Tensor]] = {
+    rms_norm: rms_norm_reference,
+    rotary: rotary_reference,
+    update_kv_cache: update_kv_cache_reference,
+    attention: attention_reference,
+    split_heads: split_heads_reference,
+    merge_heads: merge_heads_reference,
+}
+
+
+def _register_gradient(op: Any, reference: Callable[..., Tensor]) -> None:
+    """Give `op` the gradient of its reference, by recomputing it; so that the decoder can be trained as well."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.inputs = inputs
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needed = [isinstance(a, Tensor) and wanted for a, wanted in zip(ctx.inputs, ctx.needs_input_grad, strict=True)]
+        with torch.enable_grad():
+            inputs = [
+                a.detach().requires_grad_(n) if isinstance(a, Tensor) else a
+                for a, n in zip(ctx.inputs, needed, strict=True)
+            ]
+            wanted = [a for a, n in zip(inputs, needed, strict=True) if n]
+            grads = iter(torch.autograd.grad(reference(*inputs), wanted, grad))
+        return tuple(next(grads) if n else None for n in needed)
+
+    op.register_autograd(backward, setup_context=setup_context)
+
+
+for _op, _reference in REFERENCES.items():
+    _register_gradient(_op, _reference)

@@ -1,0 +1,152 @@
+"""The artifact directory: manifest.json, and opening it with every file's hash checked."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from runtimes.errors import ArtifactError
+from runtimes.signature import CacheSpec, GraphSignature
+
+MANIFEST = "manifest.json"
+SCHEMA_VERSION = 1
+_CHUNK_BYTES = 1 << 22
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GraphEntry:
+    """One ONNX graph of the artifact."""
+
+    file: str
+    signature: GraphSignature
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineEntry:
+    """One TensorRT engine: built from `graph` by `target`, for these compute capabilities (none: the default)."""
+
+    file: str
+    graph: str
+    target: str
+    library_version: str
+    gpu_archs: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FileEntry:
+    """What a file of the artifact must be."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything a runtime needs to know of an artifact, and the parity verdict it was published with."""
+
+    config: Mapping[str, Any]  # the decoder's configuration, as graphs.config.DecoderConfig wrote it
+    layout: str
+    precision: str
+    max_batch: int
+    cache: CacheSpec
+    graphs: Mapping[str, GraphEntry]
+    engines: Mapping[str, EngineEntry]
+    files: Mapping[str, FileEntry]
+    parity: Mapping[str, Any] | None  # {"passed": bool, "runtime": ..}; None: not run
+    tools: Mapping[str, str]  # versions of what made it
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> str:
+        """The text of manifest.json."""
+        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: str = MANIFEST) -> "Manifest":
+        """Read manifest.json's text; ArtifactError when it is damaged or of another schema version."""
+        try:
+            data = json.loads(text)
+            version = data["schema_version"]
+            if version != SCHEMA_VERSION:
+                raise ArtifactError(
+                    f"{where} has schema version {version}, this program reads {SCHEMA_VERSION}: export again"
+                )
+            return cls(
+                **data
+                | {
+                    "cache": CacheSpec(**data["cache"]),
+                    "graphs": {
+                        name: GraphEntry(file=entry["file"], signature=GraphSignature.from_json(entry["signature"]))
+                        for name, entry in data["graphs"].items()
+                    },
+                    "engines": {
+                        name: EngineEntry(**entry | {"gpu_archs": tuple(entry["gpu_archs"])})
+                        for name, entry in data["engines"].items()
+                    },
+                    "files": {name: FileEntry(**entry) for name, entry in data["files"].items()},
+                }
+            )
+        except ArtifactError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ArtifactError(f"{where} is damaged: {type(error).__name__}: {error}") from None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """An opened artifact directory."""
+
+    folder: Path
+    manifest: Manifest
+
+    def path(self, file: str) -> Path:
+        """Where a file of the artifact lies."""
+        return self.folder / file
+
+
+def open_artifact(folder: str | Path, *, check_hashes: bool = True) -> Artifact:
+    """Read the manifest and check every file it lists, by size and by SHA-256 (`check_hashes=False`: by size only).
+
+    Raises:
+        ArtifactError: no artifact there, or a file is missing or not what the manifest says.
+    """
+    folder = Path(folder)
+    path = folder / MANIFEST
+    if not folder.exists():
+        raise ArtifactError(f"{folder} does not exist: pass the folder that `export-llm export` wrote")
+    if not path.is_file():
+        raise ArtifactError(f"{folder} is not an artifact: it holds no {MANIFEST}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}") from None
+    manifest = Manifest.from_json(text, str(path))
+    problems = []
+    for name, entry in manifest.files.items():
+        if Path(name).name != name:
+            raise ArtifactError(f"{path} lists {name!r}, which is not a plain file name")
+        file = folder / name
+        if not file.is_file():
+            problems.append(f"{name} is missing")
+        elif file.stat().st_size != entry.bytes:
+            problems.append(f"{name} has {file.stat().st_size} bytes, expected {entry.bytes}")
+        elif check_hashes and sha256_of(file) != entry.sha256:
+            problems.append(f"{name} has changed since the export (SHA-256 differs)")
+    if problems:
+        raise ArtifactError(f"{folder} is damaged, export again: " + "; ".join(problems))
+    return Artifact(folder=folder, manifest=manifest)
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file, read in chunks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def file_entry(path: Path) -> FileEntry:
+    """What the manifest records of a file."""
+    return FileEntry(sha256=sha256_of(path), bytes=path.stat().st_size)

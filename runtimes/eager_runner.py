@@ -1,0 +1,70 @@
+"""The eager runner: a PyTorch module behind the runners' interface. Its caller brings the module, and so torch."""
+
+import importlib
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from runtimes.runner import Feeds
+from runtimes.signature import CacheSpec, GraphSignature
+from runtimes.step_checks import check_reset, check_step
+
+
+class EagerRunner:
+    """Runs a module that takes the signature's inputs; see runtimes.runner.Runner for the interface."""
+
+    def __init__(self, module: Any, signature: GraphSignature, cache_spec: CacheSpec, *, device: str = "cpu") -> None:
+        """`module` is called with the inputs in order, the cache as a list of (key, value), and returns the logits
+        and the new cache (exporter/layouts wraps a decoder so).
+        """
+        self._torch = importlib.import_module("torch")
+        self._module = module
+        self._device = device
+        self._cache: list[tuple[Any, Any]] = []
+        self._batch_size = 0
+        self.signature = signature
+        self.cache_spec = cache_spec
+        self.description = f"eager PyTorch {self._torch.__version__} ({device})"
+
+    def reset(self, batch_size: int) -> None:
+        """Make a cache of zeros for `batch_size` rows."""
+        check_reset(batch_size, self.signature)
+        self._batch_size = batch_size
+        self._cache = [(self._full(0.0), self._full(0.0)) for _ in range(self.cache_spec.layers)]
+
+    def step(self, feeds: Feeds) -> np.ndarray:
+        """Run the module and keep the cache it returns. See Runner.step."""
+        check_step(feeds, self.signature, self.cache_spec, self._batch_size)
+        past = set(self.cache_spec.past_names())
+        names = [spec.name for spec in self.signature.inputs if spec.name not in past]
+        tensors = [self._torch.from_numpy(np.ascontiguousarray(feeds[name])).to(self._device) for name in names]
+        with self._torch.no_grad():
+            logits, self._cache = self._module(*tensors, self._cache)
+        result: np.ndarray = logits.float().cpu().numpy()
+        return result
+
+    def read_cache(self, index: int) -> np.ndarray:
+        """See Runner.read_cache."""
+        array: np.ndarray = self._cache[index // 2][index % 2].float().cpu().numpy()
+        return array
+
+    def fill_cache(self, value: float) -> None:
+        """See Runner.fill_cache."""
+        self._cache = [(self._full(value), self._full(value)) for _ in self._cache]
+
+    def close(self) -> None:
+        """Let go of the cache and the module."""
+        self._cache, self._module = [], None
+
+    def __enter__(self) -> "EagerRunner":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _full(self, value: float) -> Any:
+        dtype = getattr(self._torch, self.cache_spec.dtype)
+        return self._torch.full(self.cache_spec.array_shape(self._batch_size), value, dtype=dtype, device=self._device)

@@ -1,0 +1,216 @@
+"""The ONNX Runtime runner: past and present are bound to the same buffers, so nothing of the cache is copied."""
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from runtimes.artifact import Artifact
+from runtimes.cuda import cuda_device_count
+from runtimes.errors import FeedError, RuntimeMissingError
+from runtimes.runner import Feeds
+from runtimes.signature import CacheSpec, GraphSignature
+from runtimes.step_checks import check_reset, check_step
+
+# device: the execution provider that must be there
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+_NUMPY = {"float32": np.float32, "float16": np.float16}
+_ONNX_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
+
+
+def import_onnxruntime() -> Any:
+    """The onnxruntime module; RuntimeMissingError says how to install it."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise RuntimeMissingError(
+            f"ONNX Runtime is not installed ({error}): pip install 'export-llm[cpu]', or [gpu] for CUDA"
+        ) from None
+    return onnxruntime
+
+
+def default_device() -> str:
+    """ "cuda" where this ONNX Runtime can use it and there is a GPU, else "cpu"."""
+    usable = PROVIDERS["cuda"] in import_onnxruntime().get_available_providers() and cuda_device_count() > 0
+    return "cuda" if usable else "cpu"
+
+
+def run_model(model: Any, inputs: list[np.ndarray]) -> tuple[list[np.ndarray], str]:
+    """Run a small model on the CPU; floats are cast to what it takes. Returns its outputs as they come, and the
+    dtype it computed in (float32 for a bfloat16 model, see OnnxRuntimeRunner).
+
+    Args:
+        model: an onnx.ModelProto without external data.
+        inputs: arrays in the order of the model's inputs.
+    """
+    from runtimes.widen import is_bfloat16, widen_bfloat16
+
+    ort = import_onnxruntime()
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # errors: that a lone TensorScatter copies its cache is no news here
+    source = widen_bfloat16(model) if is_bfloat16(model) else model.SerializeToString()
+    session = ort.InferenceSession(source, options, providers=[PROVIDERS["cpu"]])
+    half = any(value.type == "tensor(float16)" for value in session.get_inputs())
+    feeds = {
+        value.name: array.astype(np.float16) if value.type == "tensor(float16)" else array
+        for value, array in zip(session.get_inputs(), inputs, strict=True)
+    }
+    return session.run(None, feeds), "float16" if half else "float32"
+
+
+class OnnxRuntimeRunner:
+    """Runs a decoder graph of the portable layout; see runtimes.runner.Runner for the interface."""
+
+    def __init__(
+        self,
+        model: Path,
+        signature: GraphSignature,
+        cache_spec: CacheSpec,
+        *,
+        device: str | None = None,
+        device_id: int = 0,
+        threads: int = 0,
+    ) -> None:
+        """Load `model`.
+
+        A bfloat16 graph on the CPU, where ONNX Runtime has no bfloat16 kernels, is computed in float32 with its
+        bfloat16 weights; `computes_in` then says float32.
+
+        Args:
+            device: "cpu" or "cuda"; by default CUDA where it can be used.
+            threads: threads for one operator; 0 lets ONNX Runtime choose.
+
+        Raises:
+            RuntimeMissingError: ONNX Runtime or the device's provider is missing.
+        """
+        ort = import_onnxruntime()
+        device = device or default_device()
+        if device not in PROVIDERS:
+            raise RuntimeMissingError(f"unknown device {device!r}; known: {', '.join(PROVIDERS)}")
+        provider = PROVIDERS[device]
+        if provider not in ort.get_available_providers():
+            raise RuntimeMissingError(
+                f"device {device!r} needs ONNX Runtime's {provider}, but this build offers only"
+                f" {', '.join(ort.get_available_providers())}: pip uninstall onnxruntime; pip install 'export-llm[gpu]'"
+            )
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        source: str | bytes = str(model)
+        self.computes_in = cache_spec.dtype
+        if cache_spec.dtype == "bfloat16" and device == "cpu":
+            from runtimes.widen import load_onnx, widen_bfloat16
+
+            source = widen_bfloat16(load_onnx(model))
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.parent))
+            self.computes_in = "float32"
+        providers: list[Any] = [(provider, {"device_id": device_id})] if device == "cuda" else [provider]
+        if device == "cuda":
+            if hasattr(ort, "preload_dlls"):
+                ort.preload_dlls()  # the CUDA libraries that pip installed
+            providers.append(PROVIDERS["cpu"])  # shape arithmetic runs there
+        self._session = ort.InferenceSession(source, options, providers=providers)
+        if provider not in self._session.get_providers():
+            raise RuntimeMissingError(
+                f"ONNX Runtime could not start {provider} (its log above says why: usually a missing or mismatched"
+                f" CUDA or cuDNN library, or no GPU)"
+            )
+        self._ort = ort
+        self._device, self._device_id = device, device_id
+        self._binding: Any = None
+        self._cache: list[Any] = []
+        self._batch_size = 0
+        self.signature = signature
+        self.cache_spec = cache_spec
+        widened = ", bfloat16 computed as float32" if self.computes_in != cache_spec.dtype else ""
+        self.description = f"onnxruntime {ort.__version__} ({provider}{widened})"
+
+    @classmethod
+    def open(cls, artifact: Artifact, **options: Any) -> "OnnxRuntimeRunner":
+        """Run the artifact's decoder graph."""
+        graph = artifact.manifest.graphs["decoder"]
+        return cls(artifact.path(graph.file), graph.signature, artifact.manifest.cache, **options)
+
+    def reset(self, batch_size: int) -> None:
+        """Make a cache of zeros for `batch_size` rows."""
+        check_reset(batch_size, self.signature)
+        self._batch_size = batch_size
+        self._cache = []  # free the old one first
+        self._cache = [self._zeros() for _ in self.cache_spec.past_names()]
+        self._binding = self._open_session().io_binding()
+        names = zip(self.cache_spec.past_names(), self.cache_spec.present_names(), self._cache, strict=True)
+        for past, present, buffer in names:
+            self._binding.bind_ortvalue_input(past, buffer)
+            self._binding.bind_ortvalue_output(present, buffer)
+
+    def step(self, feeds: Feeds) -> np.ndarray:
+        """Run the graph; the cache is updated in place. See Runner.step."""
+        session = self._open_session()
+        check_step(feeds, self.signature, self.cache_spec, self._batch_size)
+        for name, array in feeds.items():
+            self._binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        self._binding.bind_output("logits", "cpu")
+        session.run_with_iobinding(self._binding)
+        logits: np.ndarray = self._binding.get_outputs()[-1].numpy()
+        return logits
+
+    def read_cache(self, index: int) -> np.ndarray:
+        """See Runner.read_cache."""
+        buffer = self._cache[index]
+        if self.computes_in != "bfloat16":
+            return np.asarray(buffer.numpy(), np.float32)
+        import ml_dtypes
+
+        host = self._ort.OrtValue.ortvalue_from_numpy_with_onnx_type(
+            np.zeros(buffer.shape(), np.uint16), _ONNX_BFLOAT16
+        )
+        self._ort.copy_tensors([buffer], [host])
+        bits: np.ndarray = host.numpy()
+        return bits.view(ml_dtypes.bfloat16).astype(np.float32)
+
+    def fill_cache(self, value: float) -> None:
+        """See Runner.fill_cache."""
+        shape = self._cache_shape()
+        for buffer in self._cache:
+            if self.computes_in in _NUMPY:
+                buffer.update_inplace(np.full(shape, value, _NUMPY[self.computes_in]))
+            else:
+                self._ort.copy_tensors([self._bfloat16(value)], [buffer])
+
+    def close(self) -> None:
+        """Release the session and the cache."""
+        self._binding, self._cache, self._session = None, [], None
+
+    def __enter__(self) -> "OnnxRuntimeRunner":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _open_session(self) -> Any:
+        if self._session is None:
+            raise FeedError("this runner is closed")
+        return self._session
+
+    def _cache_shape(self) -> tuple[int, ...]:
+        return self.cache_spec.array_shape(self._batch_size)
+
+    def _zeros(self) -> Any:
+        """A cache tensor of zeros on the device."""
+        make = self._ort.OrtValue
+        if self.computes_in in _NUMPY:
+            zeros = np.zeros(self._cache_shape(), _NUMPY[self.computes_in])
+            return make.ortvalue_from_numpy(zeros, self._device, self._device_id)
+        buffer = make.ortvalue_from_shape_and_type(self._cache_shape(), _ONNX_BFLOAT16, self._device, self._device_id)
+        self._ort.copy_tensors([self._bfloat16(0.0)], [buffer])
+        return buffer
+
+    def _bfloat16(self, value: float) -> Any:
+        """A host tensor full of `value`; numpy has no bfloat16, whose bits are the upper half of a float32's."""
+        bits = np.float32(value).view(np.uint32) >> np.uint32(16)
+        return self._ort.OrtValue.ortvalue_from_numpy_with_onnx_type(
+            np.full(self._cache_shape(), bits, np.uint16), _ONNX_BFLOAT16
+        )

@@ -1,0 +1,346 @@
+"""Parity: is what a runtime computes the model that eager PyTorch computes, up to rounding?
+
+A `Case` says what to run, `run_case` runs it on any runner and yields a `Trace`, and `judge` compares the trace with
+two reference traces: the truth, and eager in the target's precision (the yardstick; see tolerances.py). Where
+reference traces come from is the caller's business, so nothing here needs torch.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from runtimes.decoding import Decoding
+from runtimes.runner import Runner
+from runtimes.signature import CacheSpec
+from runtimes.tolerances import (
+    FLOOR_ULPS,
+    MACHINE_EPSILON,
+    MAX_MULTIPLE,
+    POISON,
+    RMS_MULTIPLE,
+    TOP1_GAP_MULTIPLE,
+)
+
+PROMPT_LENGTHS = (27, 12, 1)  # ragged; with DECODE_STEPS they cross 16 and 32, where kernels change their blocks
+DECODE_STEPS = 8
+GREEDY_STEPS = 8
+FAR_TOKENS = 6
+CACHE_BYTES = 4 << 30  # a cache of more than one row stays below this
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """What is run: ragged prompts, tokens forced after them, and a short prompt at the far end of the cache."""
+
+    prompts: tuple[tuple[int, ...], ...]
+    forced: np.ndarray  # int64 [B, steps]
+    greedy_steps: int
+    far_prompt: tuple[int, ...]
+    far_position: int  # position and cache slot of its first token
+
+    def row(self, index: int) -> list[int]:
+        """All the tokens that row `index` is fed."""
+        return [*self.prompts[index], *self.forced[index].tolist()]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trace:
+    """What was computed for a case."""
+
+    logits: list[np.ndarray]  # per row [1 + steps, V]: after the prompt, and after each forced token
+    cache: list[list[np.ndarray]]  # per row, per cache tensor: the written slots [kv_heads, tokens, head_dim]
+    far_logits: np.ndarray  # [V], after the far prompt
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TargetTrace(Trace):
+    """A runner's trace, with what only a runner can show."""
+
+    greedy: list[list[int]]  # per row, the tokens it chose
+    tail_intact: bool  # slots that no call wrote still hold what was there before
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rung:
+    """One comparison. Errors are absolute; the eager ones are the yardstick's own."""
+
+    name: str
+    max_error: float
+    rms_error: float
+    eager_max_error: float
+    eager_rms_error: float
+    max_limit: float
+    rms_limit: float
+    passed: bool
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParityReport:
+    """The verdict and what it rests on."""
+
+    runtime: str
+    reference: str
+    precision: str
+    prompt_lengths: tuple[int, ...]
+    decode_steps: int
+    rungs: tuple[Rung, ...]
+
+    @property
+    def passed(self) -> bool:
+        """True when every rung passed, and there was one."""
+        return bool(self.rungs) and all(rung.passed for rung in self.rungs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data; figures are rounded to three digits, so that the same export writes the same bytes."""
+        data = dataclasses.asdict(self) | {"passed": self.passed}
+        data["rungs"] = [
+            {key: float(f"{value:.2e}") if isinstance(value, float) else value for key, value in rung.items()}
+            for rung in data["rungs"]
+        ]
+        return data
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParitySummary:
+    """The reports of all runtimes that an artifact was checked on, and why others were not."""
+
+    reports: tuple[ParityReport, ...]
+    not_run: Mapping[str, str]  # {runtime: reason}
+
+    @property
+    def passed(self) -> bool:
+        """True when something was checked and everything checked passed."""
+        return bool(self.reports) and all(report.passed for report in self.reports)
+
+    def short(self) -> dict[str, Any]:
+        """What the manifest records."""
+        return {
+            "passed": self.passed,
+            "runtimes": [report.runtime for report in self.reports],
+            "not_run": dict(self.not_run),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return self.short() | {"reports": [report.to_dict() for report in self.reports]}
+
+    def to_json(self) -> str:
+        """The text of parity.json."""
+        return json.dumps(self.to_dict(), indent=1, sort_keys=True) + "\n"
+
+
+def make_case(vocab_size: int, cache_spec: CacheSpec, max_batch: int, seed: int = 0) -> Case:
+    """A case that fits the artifact: random tokens from `seed`, and as many rows as CACHE_BYTES has room for."""
+    rng = np.random.default_rng(seed)
+    max_len = cache_spec.max_len
+    steps = min(DECODE_STEPS, max_len - 1)
+    rows = max(1, min(max_batch, CACHE_BYTES // cache_spec.nbytes(1)))
+    lengths = [min(length, max_len - steps) for length in PROMPT_LENGTHS[:rows]]
+    far_tokens = min(FAR_TOKENS, max_len)
+    return Case(
+        prompts=tuple(tuple(rng.integers(0, vocab_size, length).tolist()) for length in lengths),
+        forced=rng.integers(0, vocab_size, (len(lengths), steps)),
+        greedy_steps=min(GREEDY_STEPS, max_len - max(lengths) + 1),
+        far_prompt=tuple(rng.integers(0, vocab_size, far_tokens).tolist()),
+        far_position=max_len - far_tokens,
+    )
+
+
+def run_case(runner: Runner, case: Case) -> TargetTrace:
+    """Run the case: greedy tokens, the far prompt, then the forced rows in a poisoned cache."""
+    greedy = _run_greedy(runner, case)
+    far_logits = _run_far(runner, case)
+    decoding = _PoisonedDecoding(runner)
+    steps = [decoding.prefill(case.prompts)]
+    for tokens in case.forced.T:
+        steps.append(decoding.decode(tokens))
+    logits = np.stack(steps, axis=1)
+    rows = range(len(case.prompts))
+    longest = max(len(prompt) for prompt in case.prompts)
+    ends = [max(longest, int(length)) for length in decoding.lengths]  # right padding writes up to the longest prompt
+    cache: list[list[np.ndarray]] = [[] for _ in rows]
+    tail_intact = True
+    for index in range(len(runner.cache_spec.past_names())):
+        tensor = runner.read_cache(index)
+        for row in rows:
+            cache[row].append(tensor[row, :, : decoding.lengths[row]].copy())
+            tail_intact &= _is_poison(tensor[row, :, ends[row] :], runner)
+    return TargetTrace(logits=list(logits), cache=cache, far_logits=far_logits, greedy=greedy, tail_intact=tail_intact)
+
+
+class _PoisonedDecoding(Decoding):
+    """Decoding whose cache starts full of POISON."""
+
+    def __init__(self, runner: Runner) -> None:
+        super().__init__(_PoisonOnReset(runner))
+
+
+class _PoisonOnReset:
+    """A runner that fills its cache with POISON whenever it is reset."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
+
+    def reset(self, batch_size: int) -> None:
+        self._runner.reset(batch_size)
+        poison(self._runner)
+
+
+def poison(runner: Runner) -> None:
+    """Fill the cache with a value that would show in any result it touches."""
+    runner.fill_cache(POISON[runner.cache_spec.dtype])
+
+
+def _is_poison(array: np.ndarray, runner: Runner) -> bool:
+    dtype = runner.cache_spec.dtype
+    return bool(np.all(np.abs(array - POISON[dtype]) <= POISON[dtype] * MACHINE_EPSILON[dtype]))
+
+
+def _run_greedy(runner: Runner, case: Case) -> list[list[int]]:
+    decoding = Decoding(runner)
+    tokens = [decoding.prefill(case.prompts).argmax(axis=-1)]
+    for _ in range(case.greedy_steps - 1):
+        tokens.append(decoding.decode(tokens[-1]).argmax(axis=-1))
+    return np.stack(tokens, axis=1).tolist()
+
+
+def _run_far(runner: Runner, case: Case) -> np.ndarray:
+    """The far prompt in the last slots of the cache, where only those slots may be seen."""
+    length = len(case.far_prompt)
+    positions = np.arange(case.far_position, case.far_position + length, dtype=np.int64)
+    mask = np.zeros((1, runner.cache_spec.max_len), np.int64)
+    mask[0, case.far_position :] = 1
+    runner.reset(1)
+    poison(runner)
+    logits = runner.step(
+        {
+            "input_ids": np.array([case.far_prompt], np.int64),
+            "position_ids": positions[None],
+            "write_indices": positions[:1],
+            "attention_mask": mask,
+            "logit_indices": np.array([[length - 1]], np.int64),
+        }
+    )
+    return logits[0, 0]
+
+
+def judge(case: Case, target: TargetTrace, truth: Trace, eager: Trace, dtype: str) -> list[Rung]:
+    """Compare the target with the truth, by eager's own error; `dtype` is what the target computes in."""
+    traces: tuple[Trace, ...] = (target, truth, eager)
+
+    def rung(name: str, pick: Callable[[Trace], list[np.ndarray]]) -> Rung:
+        ours, exact, own = (pick(trace) for trace in traces)
+        return _rung(name, ours, exact, own, dtype)
+
+    rungs = [
+        rung("prefill logits", lambda trace: [logits[:1] for logits in trace.logits]),
+        rung("far-end logits", lambda trace: [trace.far_logits]),
+    ]
+    if case.forced.shape[1]:
+        decode = rung(f"{case.forced.shape[1]} decode steps", lambda trace: [logits[1:] for logits in trace.logits])
+        rungs.append(_with_top1(decode, case, target, truth))
+    rungs.append(_cache_rung(case, target, truth, eager, dtype))
+    intact = target.tail_intact
+    rungs.append(
+        Rung(
+            name="cache tail untouched",
+            **dict.fromkeys(_NUMBERS, 0.0),
+            passed=intact,
+            note="" if intact else "a slot that no token was written to has changed",
+        )
+    )
+    return rungs
+
+
+def judge_greedy(case: Case, target: TargetTrace, truth: Sequence[np.ndarray], limit: float) -> Rung:
+    """Each greedy token must be the truth's best, or closer to it than rounding can tell (`limit` per logit).
+
+    Args:
+        truth: per row [steps, V], the logits before each greedy token.
+    """
+    worst = 0.0
+    for row in _rows(case):
+        chosen = truth[row][np.arange(len(target.greedy[row])), target.greedy[row]]
+        worst = max(worst, float((truth[row].max(axis=-1) - chosen).max()))
+    allowed = TOP1_GAP_MULTIPLE * limit
+    passed = worst <= allowed
+    return Rung(
+        name=f"{case.greedy_steps} greedy tokens",
+        **dict.fromkeys(_NUMBERS, 0.0) | {"max_error": worst, "max_limit": allowed},
+        passed=passed,
+        note="" if passed else "a token was chosen that is not the best",
+    )
+
+
+_NUMBERS = ("max_error", "rms_error", "eager_max_error", "eager_rms_error", "max_limit", "rms_limit")
+
+
+def _rows(case: Case) -> range:
+    return range(len(case.prompts))
+
+
+def _rung(
+    name: str, target: Sequence[np.ndarray], truth: Sequence[np.ndarray], eager: Sequence[np.ndarray], dtype: str
+) -> Rung:
+    flat_target, flat_truth, flat_eager = (
+        np.concatenate([np.asarray(array, np.float64).ravel() for array in arrays]) for arrays in (target, truth, eager)
+    )
+    error, eager_error = flat_target - flat_truth, flat_eager - flat_truth
+    max_error, rms_error = _max(error), _rms(error)
+    floor = FLOOR_ULPS * MACHINE_EPSILON[dtype]
+    max_limit = MAX_MULTIPLE * _max(eager_error) + floor * _max(flat_truth)
+    rms_limit = RMS_MULTIPLE * _rms(eager_error) + floor * _rms(flat_truth)
+    finite = bool(np.isfinite(flat_target).all())
+    return Rung(
+        name=name,
+        max_error=max_error if finite else float("inf"),
+        rms_error=rms_error if finite else float("inf"),
+        eager_max_error=_max(eager_error),
+        eager_rms_error=_rms(eager_error),
+        max_limit=max_limit,
+        rms_limit=rms_limit,
+        passed=finite and max_error <= max_limit and rms_error <= rms_limit,
+        note="" if finite else "not every number is finite",
+    )
+
+
+def compare(name: str, target: np.ndarray, truth: np.ndarray, eager: np.ndarray, dtype: str) -> Rung:
+    """One rung from three arrays of one shape: what was computed, the truth, and eager's own result."""
+    return _rung(name, [target], [truth], [eager], dtype)
+
+
+def _cache_rung(case: Case, target: Trace, truth: Trace, eager: Trace, dtype: str) -> Rung:
+    """Every cache tensor by its own scale; the worst one stands for all."""
+    rungs = []
+    for index in range(len(truth.cache[0])):
+        part = "value" if index % 2 else "key"
+        ours, exact, own = ([trace.cache[row][index] for row in _rows(case)] for trace in (target, truth, eager))
+        rung = _rung("written cache", ours, exact, own, dtype)
+        rungs.append(dataclasses.replace(rung, note=f"worst: present.{index // 2}.{part}"))
+    return max(rungs, key=lambda rung: (not rung.passed, rung.max_error / rung.max_limit if rung.max_limit else 0.0))
+
+
+def _with_top1(rung: Rung, case: Case, target: Trace, truth: Trace) -> Rung:
+    """Fail the rung where the best token differs although the truth's margin is beyond rounding."""
+    wrong = 0
+    for row in _rows(case):
+        ours, theirs = np.asarray(target.logits[row]), np.asarray(truth.logits[row])
+        top2 = np.sort(theirs, axis=-1)[:, -2:]
+        clear = (top2[:, -1] - top2[:, 0]) > TOP1_GAP_MULTIPLE * rung.max_limit
+        wrong += int((clear & (ours.argmax(axis=-1) != theirs.argmax(axis=-1))).sum())
+    return dataclasses.replace(rung, passed=False, note=f"{wrong} best tokens differ") if wrong else rung
+
+
+def _max(array: np.ndarray) -> float:
+    return float(np.abs(array).max()) if array.size else 0.0
+
+
+def _rms(array: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(array)))) if array.size else 0.0

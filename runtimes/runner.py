@@ -1,0 +1,76 @@
+"""What every runner offers, and the table that opens one by name.
+
+A runner holds the session (or engine, or module) and the key/value cache. It knows tensors; rows, lengths and
+positions are runtimes/decoding.py's business.
+"""
+
+import importlib
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+
+from runtimes.artifact import Artifact, open_artifact
+from runtimes.errors import RuntimeMissingError
+from runtimes.signature import CacheSpec, GraphSignature
+
+Feeds = Mapping[str, np.ndarray]
+
+
+class Runner(Protocol):
+    """One decoder, ready to run, with its cache. Use it in a `with` block."""
+
+    signature: GraphSignature
+    cache_spec: CacheSpec
+    description: str  # what runs it, for reports: "onnxruntime 1.31.1 (CPUExecutionProvider)"
+
+    def reset(self, batch_size: int) -> None:
+        """Make a cache of zeros for `batch_size` rows."""
+
+    def step(self, feeds: Feeds) -> np.ndarray:
+        """Run the graph on every input but the cache, which is updated in place; return logits float32 [B, n, V]."""
+
+    def read_cache(self, index: int) -> np.ndarray:
+        """A float32 copy of cache tensor `index` in CacheSpec.past_names order: [B, kv_heads, max_len, head_dim]."""
+
+    def fill_cache(self, value: float) -> None:
+        """Set every number of the cache to `value`."""
+
+    def close(self) -> None:
+        """Release memory; the runner cannot be used afterwards."""
+
+    def __enter__(self) -> "Runner": ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+# {name: (module, class)}; imported when it is asked for, because each needs a library of its own
+RUNNERS: dict[str, tuple[str, str]] = {
+    "onnxruntime": ("runtimes.onnxruntime_runner", "OnnxRuntimeRunner"),
+    "tensorrt": ("runtimes.tensorrt_runner", "TensorRTRunner"),
+    "tensorrt-rtx": ("runtimes.tensorrt_runner", "TensorRTRTXRunner"),
+}
+
+
+def open_runner(artifact: Artifact | str, runtime: str = "onnxruntime", **options: Any) -> Runner:
+    """Open an artifact's decoder with one of RUNNERS.
+
+    Args:
+        artifact: an opened artifact, or its folder.
+        runtime: a key of RUNNERS.
+        options: the runner's own, such as `device="cuda"` for onnxruntime.
+
+    Raises:
+        ArtifactError: the artifact is damaged, or holds nothing this runtime can run.
+        RuntimeMissingError: the runtime's library, provider or device is not there.
+    """
+    if runtime not in RUNNERS:
+        raise RuntimeMissingError(f"unknown runtime {runtime!r}; known: {', '.join(RUNNERS)}")
+    if not isinstance(artifact, Artifact):
+        artifact = open_artifact(artifact)
+    module, name = RUNNERS[runtime]
+    runner: Runner = getattr(importlib.import_module(module), name).open(artifact, **options)
+    return runner

@@ -1,0 +1,46 @@
+"""The checks that every runner makes before a reset and a step."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from runtimes.errors import FeedError
+from runtimes.signature import CacheSpec, GraphSignature
+
+
+def check_reset(batch_size: int, signature: GraphSignature) -> None:
+    """FeedError unless the artifact takes that many rows."""
+    allowed = signature.dims["batch_size"]
+    if not allowed.min <= batch_size <= allowed.max:
+        raise FeedError(
+            f"batch_size {batch_size}: this artifact takes {allowed.min} to {allowed.max} rows (set by --max-batch)"
+        )
+
+
+def check_step(
+    feeds: Mapping[str, np.ndarray], signature: GraphSignature, cache_spec: CacheSpec, batch_size: int
+) -> dict[str, int]:
+    """Check the inputs of one step against the signature and the cache; return the dynamic dimensions' sizes.
+
+    Args:
+        batch_size: rows the cache was made for; 0 when reset was not called.
+
+    Raises:
+        FeedError: a missing or wrong input, or tokens that would be written beyond the cache (runtimes drop those
+            in silence).
+    """
+    if not batch_size:
+        raise FeedError("reset(batch_size) must be called before the first step")
+    expected = {spec.name for spec in signature.inputs} - set(cache_spec.past_names())
+    if missing := expected - feeds.keys():
+        raise FeedError(f"missing inputs: {', '.join(sorted(missing))}")
+    sizes = signature.check_feeds(feeds)
+    if sizes["batch_size"] != batch_size:
+        raise FeedError(f"batch_size is {sizes['batch_size']}, but reset made a cache for {batch_size}")
+    first = int(feeds["write_indices"].min())
+    last = int(feeds["write_indices"].max()) + sizes["sequence_length"]
+    if first < 0 or last > cache_spec.max_len:
+        raise FeedError(
+            f"tokens would be written to slots {first} to {last - 1}, but the cache holds {cache_spec.max_len}"
+        )
+    return sizes

@@ -1,0 +1,27 @@
+"""Every tolerance of the parity verdict, and why it is what it is.
+
+The yardstick is measured, not guessed: the error that eager PyTorch itself makes on the same tokens when it computes
+in the target's precision. A runtime may order its sums differently, so it gets a small multiple of that error; a
+mistake (a wrong mask, position, scale or weight) exceeds it by orders of magnitude.
+"""
+
+# Root-mean-square error over all numbers of a rung. Averaged over thousands of numbers, the rounding errors of two
+# correct implementations differ by well under this factor.
+RMS_MULTIPLE = 3.0
+
+# Largest single error of a rung. Extremes scatter more than averages.
+MAX_MULTIPLE = 5.0
+
+# Rounding of the result itself, in units of the last place of the rung's largest value. It matters where eager
+# PyTorch happens to be exact, such as in copies.
+FLOOR_ULPS = 4.0
+
+# Two logits closer than the largest allowed error may come out in either order: each may be off by that much.
+TOP1_GAP_MULTIPLE = 2.0
+
+# Distance from 1 to the next number.
+MACHINE_EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+
+# What cache slots hold that nobody may read: far above any real key or value, yet low enough in float16 (largest
+# number 65504) that its product with a query, which kernels compute before they mask it, stays finite.
+POISON = {"float32": 10_000.0, "bfloat16": 10_000.0, "float16": 64.0}

@@ -26,7 +26,7 @@ lint: .venv/test.stamp
 # A stamp is newer than what decides its contents, so a second run installs (and downloads) nothing.
 .venv/demo.stamp: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) --editable '.[cpu,tensorrt-rtx]'
+	$(MAKE) --question --no-print-directory .venv/test.stamp || $(PIP) --editable '.[cpu,tensorrt-rtx]'
 	touch $@
 
 .venv/test.stamp: pyproject.toml constraints.txt

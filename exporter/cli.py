@@ -90,6 +90,7 @@ def export(checkpoint: Path, out: Path, as_json: bool, quiet: bool, **options: A
     else:
         _print_manifest(manifest, title=str(out))
         if result.parity is not None:
+            click.echo()
             _print_parity(result.parity)
     if result.parity is not None and not result.parity.passed:
         sys.exit(EXIT_PARITY_FAILED)
@@ -141,13 +142,17 @@ def generate(
     from runtimes.generation import read_stop_ids
     from runtimes.tokenizer import Tokenizer
 
-    opened = open_artifact(artifact)
-    tokenizer = Tokenizer(opened.folder)
-    prompt_ids = tokenizer.encode(prompt)
-    stream = _TextStream(tokenizer.decode, prompt_ids)
-    start = time.perf_counter()
-    with _open_runner(opened, runtime, device) as runner:
+    with _progress(quiet=not sys.stderr.isatty()) as progress:
+        progress.start("check hashes")
+        opened = open_artifact(artifact)
+        tokenizer = Tokenizer(opened.folder)
+        prompt_ids = tokenizer.encode(prompt)
+        progress.start("load")
+        start = time.perf_counter()
+        opened_runner = _open_runner(opened, runtime, device)
         load_s = time.perf_counter() - start
+    stream = _TextStream(tokenizer.decode, prompt_ids)
+    with opened_runner as runner:
         result = run_generate(
             runner,
             [prompt_ids],
@@ -190,6 +195,7 @@ def inspect(path: Path, as_json: bool) -> None:
             _print_json(_summary(manifest, manifest.parity))
         else:
             _print_manifest(manifest, title=str(path))
+            click.echo()
             _print_signature(manifest)
         return
     from exporter.inspection import inspect_checkpoint
@@ -311,7 +317,7 @@ def _summary(manifest: "Manifest", parity: Any) -> dict[str, Any]:
 def _table(*columns: str, title: str | None = None) -> Any:
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, show_header=any(columns))
     for column in columns:
         table.add_column(column, overflow="fold")
     return table

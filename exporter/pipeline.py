@@ -149,6 +149,9 @@ def check_request(request: ExportRequest) -> None:
     for name in request.targets:
         if name not in TARGETS:
             raise ExportError(f"target {name!r} is not supported; supported: {', '.join(TARGETS)}")
+        needed = TARGETS[name].layout
+        if needed not in (None, request.layout):
+            raise ExportError(f"target {name} needs --layout {needed}, got {request.layout}")
         TARGETS[name].check(request.gpu_archs)
     if request.gpu_archs and "tensorrt-rtx" not in request.targets:
         raise ExportError("--gpu-arch needs --target tensorrt-rtx")

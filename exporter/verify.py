@@ -27,6 +27,7 @@ def verify(
     cache: CacheSpec,
     on_stage: Callable[[str], None] = lambda _: None,
     reference_name: str = "the checkpoint",
+    seed: int = 0,
 ) -> ParityReport:
     """Compare a runner with eager PyTorch on the checkpoint's weights.
 
@@ -35,11 +36,12 @@ def verify(
     Args:
         open_target: opens the runner; called once.
         on_stage: told in words what is happening.
+        seed: of the random tokens.
     """
     family = find_family(checkpoint.config)
     config = family.parse_config(checkpoint.config)
     dtype = cache.dtype
-    case = make_case(config.vocab_size, cache, signature.dims["batch_size"].max)
+    case = make_case(config.vocab_size, cache, signature.dims["batch_size"].max, seed)
     on_stage("target")
     with open_target() as runner:
         target = run_case(runner, case)

@@ -73,12 +73,17 @@ def attention_reference(q_BHSD: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, mask: Te
 
 def split_heads_reference(x: Tensor, head_dim: int) -> Tensor:
     """[B, S, heads * D] -> [B, heads, S, D]; head h is columns h * D to (h + 1) * D."""
-    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2).contiguous()
+    return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
 
 
 def merge_heads_reference(x_BHSD: Tensor) -> Tensor:
     """[B, heads, S, D] -> [B, S, heads * D], the inverse of split_heads."""
-    return x_BHSD.transpose(1, 2).flatten(2).contiguous()
+    return x_BHSD.transpose(1, 2).flatten(2)
+
+
+def _copy(view: Tensor) -> Tensor:
+    """Contiguous memory of its own: an operator's result must not share its inputs' memory."""
+    return view.clone(memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("export_llm::rms_norm", mutates_args=())
@@ -113,7 +118,7 @@ def _(cache: Tensor, new: Tensor, write_indices: Tensor) -> Tensor:
 
 @torch.library.custom_op("export_llm::attention", mutates_args=())
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    return attention_reference(q, k, v, mask, scale).contiguous()
+    return _copy(attention_reference(q, k, v, mask, scale))
 
 
 @attention.register_fake
@@ -125,7 +130,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
 # reshape computes its shape anew in every layer.
 @torch.library.custom_op("export_llm::split_heads", mutates_args=())
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
-    return split_heads_reference(x, head_dim)
+    return _copy(split_heads_reference(x, head_dim))
 
 
 @split_heads.register_fake
@@ -135,7 +140,7 @@ def _(x: Tensor, head_dim: int) -> Tensor:
 
 @torch.library.custom_op("export_llm::merge_heads", mutates_args=())
 def merge_heads(x: Tensor) -> Tensor:
-    return merge_heads_reference(x)
+    return _copy(merge_heads_reference(x))
 
 
 @merge_heads.register_fake

@@ -94,7 +94,7 @@ def read_stop_ids(folder: Path) -> list[int]:
         except (OSError, ValueError, AttributeError) as error:
             raise ArtifactError(f"{path} cannot be read: {error}") from None
         ids = value if isinstance(value, list) else [value] if value is not None else []
-        if not all(isinstance(i, int) for i in ids):
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
             raise ArtifactError(f"{path}: eos_token_id must be a number or a list of numbers, found {value!r}")
         if ids:
             return ids

@@ -37,6 +37,10 @@ def check_step(
     sizes = signature.check_feeds(feeds)
     if sizes["batch_size"] != batch_size:
         raise FeedError(f"batch_size is {sizes['batch_size']}, but reset made a cache for {batch_size}")
+    (logits,) = (spec for spec in signature.outputs if spec.name == "logits")
+    _check_range(feeds, "input_ids", int(logits.shape[-1]), "the vocabulary")
+    _check_range(feeds, "logit_indices", sizes["sequence_length"], "this call's tokens")
+    _check_range(feeds, "position_ids", np.iinfo(np.int64).max, "the positions")
     first = int(feeds["write_indices"].min())
     last = int(feeds["write_indices"].max()) + sizes["sequence_length"]
     if first < 0 or last > cache_spec.max_len:
@@ -44,3 +48,10 @@ def check_step(
             f"tokens would be written to slots {first} to {last - 1}, but the cache holds {cache_spec.max_len}"
         )
     return sizes
+
+
+def _check_range(feeds: Mapping[str, np.ndarray], name: str, end: int, what: str) -> None:
+    """FeedError unless every number lies in 0 .. end - 1: a graph would read something else there, in silence."""
+    low, high = int(feeds[name].min()), int(feeds[name].max())
+    if low < 0 or high >= end:
+        raise FeedError(f"{name} holds {low if low < 0 else high}, outside {what} (0 to {end - 1})")

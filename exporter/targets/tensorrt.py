@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from exporter.errors import ExportError
@@ -71,13 +72,11 @@ def build_engine(
     for index, arch in enumerate(gpu_archs):
         config.num_compute_capabilities = len(gpu_archs)
         config.set_compute_capability(_compute_capability(trt, arch), index)
-    with _timing_cache(trt, config, target), _stop_on_interrupt() as interrupted, engine_path.open("wb") as file:
-        monitor = _make_monitor(trt, progress, interrupted)  # held here: the config keeps no reference
+    with _timing_cache(trt, config, target), _stop_on_signal() as stop, engine_path.open("wb") as file:
+        monitor = _make_monitor(trt, progress, stop)  # held here: the config keeps no reference
         config.progress_monitor = monitor
         writer = _make_writer(trt, file)
         built = builder.build_serialized_network_to_stream(network, config, writer)
-    if interrupted.is_set():
-        raise KeyboardInterrupt
     if writer.error is not None:
         raise writer.error
     if not built:
@@ -161,7 +160,7 @@ def _make_writer(trt: Any, file: Any) -> Any:
     return Writer()
 
 
-def _make_monitor(trt: Any, progress: Progress, interrupted: threading.Event) -> Any:
+def _make_monitor(trt: Any, progress: Progress, stop: threading.Event) -> Any:
     """Feed the library's own phases and steps to our progress bar; a False return cancels the build."""
 
     class Monitor(trt.IProgressMonitor):
@@ -177,7 +176,7 @@ def _make_monitor(trt: Any, progress: Progress, interrupted: threading.Event) ->
         def step_complete(self, phase_name: str, step: int) -> bool:
             if phase_name == self.outermost:
                 progress.advance(1)
-            return not interrupted.is_set()
+            return not stop.is_set()
 
         def phase_finish(self, phase_name: str) -> None:
             pass
@@ -186,17 +185,30 @@ def _make_monitor(trt: Any, progress: Progress, interrupted: threading.Event) ->
 
 
 @contextmanager
-def _stop_on_interrupt() -> Iterator[threading.Event]:
-    """Turn Ctrl-C into an event while C++ code runs: an exception in one of its callbacks would end the process."""
-    interrupted = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield interrupted
+def _stop_on_signal() -> Iterator[threading.Event]:
+    """Hold back Ctrl-C and SIGTERM while C++ code runs, and deliver them afterwards.
+
+    An exception in one of its callbacks would end the process without a chance to clean up. The event tells callbacks
+    that a signal waits.
+    """
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's business
+        yield stop
         return
-    previous = signal.signal(signal.SIGINT, lambda number, frame: interrupted.set())
+    received: list[int] = []
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        stop.set()
+
+    previous = {number: signal.signal(number, hold) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield interrupted
+        yield stop
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        if received:
+            signal.raise_signal(received[0])
 
 
 @contextmanager

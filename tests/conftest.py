@@ -1,0 +1,63 @@
+"""Checkpoints and artifacts that many tests share."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from runtimes.artifact import Artifact, open_artifact
+from runtimes.cuda import cuda_device_count
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY_LLAMA = ROOT / "examples" / "tiny_llama"
+# Trained models that are not part of the repository: a folder with stories260k-llama and stories15m-llama.
+SHARED_MODELS = Path(os.environ.get("EXPORT_LLM_TEST_MODELS", ROOT.parent / "shared" / "models"))
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> Path:
+    """The checkpoint that ships with the project."""
+    return TINY_LLAMA
+
+
+@pytest.fixture(scope="session")
+def shared_model() -> Callable[[str], Path]:
+    """Finds a trained checkpoint outside the repository; the test is skipped where it is absent."""
+
+    def find(name: str) -> Path:
+        path = SHARED_MODELS / name
+        if not path.is_dir():
+            pytest.skip(f"{name} is not at {SHARED_MODELS} (set EXPORT_LLM_TEST_MODELS)")
+        return path
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def tiny_artifacts(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Artifact]:
+    """Exports tiny_llama in a precision, once per session, without verification."""
+    made: dict[str, Artifact] = {}
+
+    def get(precision: str) -> Artifact:
+        if precision not in made:
+            from exporter.pipeline import ExportRequest, export
+
+            out = tmp_path_factory.mktemp("tiny") / precision
+            export(ExportRequest(checkpoint=TINY_LLAMA, out=out, precision=precision, verify=False))
+            made[precision] = open_artifact(out)
+        return made[precision]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def tiny_artifact(tiny_artifacts: Callable[[str], Artifact]) -> Artifact:
+    """tiny_llama as fp32 ONNX."""
+    return tiny_artifacts("fp32")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests marked `cuda` are reported as skipped where there is no GPU."""
+    if item.get_closest_marker("cuda") and not cuda_device_count():
+        pytest.skip("needs a CUDA GPU: the driver offers none here")

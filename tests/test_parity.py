@@ -1,0 +1,249 @@
+"""The parity gate: it passes what is right, and catches single subtle faults in graph, weights or runner."""
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from exporter.verify import verify
+from graphs.checkpoint import open_checkpoint
+from runtimes.artifact import Artifact
+from runtimes.onnxruntime_runner import OnnxRuntimeRunner
+from runtimes.parity import ParityReport, ParitySummary, compare, judge_greedy, make_case, run_case
+from runtimes.runner import Feeds
+from runtimes.signature import CacheSpec
+
+
+def _verify(artifact: Artifact, folder: Path, checkpoint: Path, seed: int = 0, **runner_class: type) -> ParityReport:
+    graph = artifact.manifest.graphs["decoder"]
+    runner = runner_class.get("runner", OnnxRuntimeRunner)
+    return verify(
+        lambda: runner(folder / graph.file, graph.signature, artifact.manifest.cache, device="cpu"),
+        open_checkpoint(checkpoint),
+        layout="portable",
+        signature=graph.signature,
+        cache=artifact.manifest.cache,
+        seed=seed,
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_good_artifact_passes(
+    precision: str, seed: int, tiny_artifacts: Callable[[str], Artifact], tiny_llama: Path
+) -> None:
+    """In every precision, for other random tokens too."""
+    artifact = tiny_artifacts(precision)
+    report = _verify(artifact, artifact.folder, tiny_llama, seed)
+    assert report.passed, [rung for rung in report.rungs if not rung.passed]
+    assert {"operator attention", "prefill logits", "far-end logits", "8 decode steps", "written cache"} <= {
+        rung.name for rung in report.rungs
+    }
+
+
+def _node(model: onnx.ModelProto, name: str) -> onnx.NodeProto:
+    (node,) = (node for node in model.graph.node if node.name == name)
+    return node
+
+
+def _set(model: onnx.ModelProto, node: str, attribute: str, value: float) -> None:
+    (found,) = (a for a in _node(model, node).attribute if a.name == attribute)
+    if found.type == onnx.AttributeProto.INT:
+        found.i = int(value)
+    else:
+        found.f = value
+
+
+def _scale(model: onnx.ModelProto, factor: float) -> None:
+    (attribute,) = (a for a in _node(model, "layers.1.attn/Attention").attribute if a.name == "scale")
+    attribute.f *= factor
+
+
+def _swap_inputs(model: onnx.ModelProto, node: str, first: int, second: int) -> None:
+    inputs = _node(model, node).input
+    inputs[first], inputs[second] = inputs[second], inputs[first]
+
+
+def _inv_freq(model: onnx.ModelProto, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == "inv_freq")
+    tensor.CopyFrom(numpy_helper.from_array(change(numpy_helper.to_array(tensor)), "inv_freq"))
+
+
+def _retype(model: onnx.ModelProto, old: str, new: str) -> None:
+    (node,) = (node for node in model.graph.node if node.op_type == old)
+    node.op_type = new
+
+
+def _rewire(model: onnx.ModelProto, node: str, index: int, value: str) -> None:
+    _node(model, node).input[index] = value
+
+
+def _drop_mask(model: onnx.ModelProto) -> None:
+    """The user's attention_mask is ignored: only causality is left."""
+    (node,) = (node for node in model.graph.node if node.op_type == "And")
+    node.op_type = "Or"
+    node.input[1] = node.input[0]
+
+
+def _round_to_half(model: onnx.ModelProto) -> None:
+    """One layer's MLP output goes through float16."""
+    node = _node(model, "layers.1.mlp.w2/MatMul")
+    name = node.output[0]
+    node.output[0] = f"{name}_exact"
+    casts = [
+        onnx.helper.make_node("Cast", [f"{name}_exact"], [f"{name}_half"], to=onnx.TensorProto.FLOAT16),
+        onnx.helper.make_node("Cast", [f"{name}_half"], [name], to=onnx.TensorProto.FLOAT),
+    ]
+    at = list(model.graph.node).index(node) + 1
+    nodes = [*model.graph.node[:at], *casts, *model.graph.node[at:]]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+
+
+def _swap_gate_and_up(model: onnx.ModelProto) -> None:
+    _rewire(model, "layers.0.mlp.w1/Transpose", 0, "model.layers.0.mlp.up_proj.weight")
+    _rewire(model, "layers.0.mlp.w3/Transpose", 0, "model.layers.0.mlp.gate_proj.weight")
+
+
+GRAPH_FAULTS: dict[str, Callable[[onnx.ModelProto], None]] = {
+    "eps ten times too small in one norm": lambda m: _set(m, "layers.1.mlp_norm/RMSNormalization", "epsilon", 1e-6),
+    "scale off by 0.1 % in one layer": lambda m: _scale(m, 1.001),
+    "scale applied twice": lambda m: _scale(m, 32**-0.5),
+    "rope pairs interleaved for one key": lambda m: _set(m, "layers.2.attn/RotaryEmbedding_2", "interleaved", 1),
+    "rope cos and sin swapped": lambda m: _swap_inputs(m, "layers.0.attn/RotaryEmbedding", 1, 2),
+    "rope frequencies off by 0.1 %": lambda m: _inv_freq(m, lambda f: f * np.float32(1.001)),
+    "slowest rope frequency zero": lambda m: _inv_freq(m, lambda f: f * (f != f.min())),
+    "keys read as values": lambda m: _rewire(m, "layers.1.attn/Attention", 2, "layers.1.attn/Slice"),
+    "k and v swapped": lambda m: _swap_inputs(m, "layers.1.attn/Attention", 1, 2),
+    "current token not seen": lambda m: _retype(m, "LessOrEqual", "Less"),
+    "attention_mask ignored": _drop_mask,
+    "gate and up swapped": _swap_gate_and_up,
+    "a layer uses another layer's norm": lambda m: _rewire(
+        m, "layers.2.sa_norm/RMSNormalization", 1, "model.layers.1.input_layernorm.weight"
+    ),
+    "one matrix product in half precision": _round_to_half,
+}
+
+
+@pytest.fixture
+def copy(tiny_artifact: Artifact, tmp_path: Path) -> Path:
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny_artifact.folder, folder)
+    return folder
+
+
+@pytest.mark.parametrize("fault", GRAPH_FAULTS)
+def test_a_fault_in_the_graph_is_caught(fault: str, copy: Path, tiny_artifact: Artifact, tiny_llama: Path) -> None:
+    """The same graph with one small change, still valid, still fluent."""
+    path = copy / "decoder.onnx"
+    model = onnx.load(path, load_external_data=False)
+    GRAPH_FAULTS[fault](model)
+    onnx.save(model, path)
+    assert not _verify(tiny_artifact, copy, tiny_llama).passed
+
+
+@pytest.mark.parametrize("bit", [30, 22, 14])
+def test_one_flipped_bit_in_one_weight_is_caught(
+    bit: int, copy: Path, tiny_artifact: Artifact, tiny_llama: Path
+) -> None:
+    """The bit of the largest weight of one matrix: its exponent's top, its mantissa's top, one in the middle."""
+    stored = open_checkpoint(copy).tensors["model.layers.1.self_attn.o_proj.weight"]
+    weights = np.memmap(stored.path, np.float32, "r+", stored.offset, (stored.nbytes // 4,))
+    bits = weights.view(np.uint32)
+    bits[int(np.abs(weights).argmax())] ^= np.uint32(1 << bit)
+    weights.flush()
+    assert not _verify(tiny_artifact, copy, tiny_llama).passed
+
+
+class _ShiftedWrites(OnnxRuntimeRunner):
+    """Writes each decode step's key and value one slot early."""
+
+    def step(self, feeds: Feeds) -> np.ndarray:
+        early = (
+            np.maximum(feeds["write_indices"] - 1, 0) if feeds["input_ids"].shape[1] == 1 else feeds["write_indices"]
+        )
+        return super().step({**feeds, "write_indices": early})
+
+
+class _ShiftedPositions(OnnxRuntimeRunner):
+    """Counts positions of decode steps from one: rotary angles are off by one, the mask is not."""
+
+    def step(self, feeds: Feeds) -> np.ndarray:
+        step = feeds["input_ids"].shape[1] == 1
+        return super().step({**feeds, "position_ids": feeds["position_ids"] + int(step)})
+
+
+class _StaleTail(OnnxRuntimeRunner):
+    """Sees one slot beyond what was written."""
+
+    def step(self, feeds: Feeds) -> np.ndarray:
+        total = min(feeds["attention_mask"].shape[1] + 1, self.cache_spec.max_len)
+        mask = np.ones((len(feeds["attention_mask"]), total), np.int64)
+        positions = feeds["position_ids"]
+        return super().step({**feeds, "attention_mask": mask, "position_ids": np.minimum(positions + 1, total - 1)})
+
+
+class _FirstLogits(OnnxRuntimeRunner):
+    """Ignores logit_indices: answers for the last padded position of every row."""
+
+    def step(self, feeds: Feeds) -> np.ndarray:
+        last = np.full_like(feeds["logit_indices"], feeds["input_ids"].shape[1] - 1)
+        return super().step({**feeds, "logit_indices": last})
+
+
+@pytest.mark.parametrize("runner", [_ShiftedWrites, _ShiftedPositions, _StaleTail, _FirstLogits])
+def test_a_fault_in_the_runner_is_caught(runner: type, tiny_artifact: Artifact, tiny_llama: Path) -> None:
+    """Bookkeeping that is off by one."""
+    assert not _verify(tiny_artifact, tiny_artifact.folder, tiny_llama, runner=runner).passed
+
+
+def test_infinite_logits_fail() -> None:
+    """Not every comparison with NaN is false by itself."""
+    truth = np.ones(4)
+    assert not compare("x", np.array([1.0, np.nan, 1.0, 1.0]), truth, truth, "float32").passed
+    assert not compare("x", np.array([1.0, np.inf, 1.0, 1.0]), truth, truth, "float32").passed
+    assert compare("x", truth, truth, truth, "float32").passed
+
+
+def test_a_greedy_token_must_be_the_best_unless_rounding_decides(tiny_artifact: Artifact) -> None:
+    """Margins below twice the limit may go either way; larger ones may not."""
+    with OnnxRuntimeRunner.open(tiny_artifact, device="cpu") as runner:
+        case = make_case(100, runner.cache_spec, 1)
+        target = run_case(runner, case)
+    truth = [np.zeros((len(target.greedy[0]), 100))]
+    truth[0][:, target.greedy[0]] = 1.0
+    assert judge_greedy(case, target, truth, 0.01).passed
+    other = (target.greedy[0][2] + 1) % 100
+    truth[0][2, other] = truth[0][2].max() + 0.019
+    assert judge_greedy(case, target, truth, 0.01).passed
+    truth[0][2, other] += 0.01
+    assert not judge_greedy(case, target, truth, 0.01).passed
+
+
+@pytest.mark.parametrize("max_len", [1, 2, 5, 9, 36, 4096])
+@pytest.mark.parametrize("max_batch", [1, 2, 8])
+def test_cases_fit_the_artifact(max_len: int, max_batch: int) -> None:
+    """However small the cache: no row runs past its end, and the far prompt ends in the last slot."""
+    spec = CacheSpec(layers=1, kv_heads=1, max_len=max_len, head_dim=2, dtype="float32")
+    case = make_case(50, spec, max_batch)
+    assert 1 <= len(case.prompts) <= max_batch
+    assert all(1 <= len(case.row(row)) <= max_len for row in range(len(case.prompts)))
+    assert case.far_position + len(case.far_prompt) == max_len
+    assert max(map(len, case.prompts)) + case.greedy_steps - 1 <= max_len
+
+
+def test_large_caches_get_fewer_rows() -> None:
+    """A cache of 100 GB a row is not made three times."""
+    spec = CacheSpec(layers=80, kv_heads=8, max_len=131072, head_dim=128, dtype="float32")
+    assert len(make_case(50, spec, 8).prompts) == 1
+    assert len(make_case(50, dataclasses.replace(spec, max_len=1024), 8).prompts) == 3
+
+
+def test_a_summary_without_reports_has_not_passed() -> None:
+    """Nothing checked is not the same as nothing wrong."""
+    assert not ParitySummary(reports=(), not_run={"tensorrt": "no GPU"}).passed

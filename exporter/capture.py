@@ -19,15 +19,7 @@ def build_on_meta(family: Family, config: DecoderConfig, dtype: torch.dtype) -> 
     """The decoder with parameters of `dtype` that have shapes and no storage."""
     with torch.device("meta"):
         decoder = family.build(config)
-    return cast_parameters(decoder, dtype).eval()
-
-
-def cast_parameters(decoder: TransformerDecoder, dtype: torch.dtype) -> TransformerDecoder:
-    """Cast parameters in place, and leave buffers alone: rotary frequencies stay float32, as in Hugging Face."""
-    for parameter in decoder.parameters():
-        parameter.data = parameter.data.to(dtype)
-        parameter.requires_grad_(False)
-    return decoder
+    return decoder.to(dtype).requires_grad_(False).eval()
 
 
 def capture(decoder: TransformerDecoder, layout: Layout, signature: GraphSignature) -> ExportedProgram:

@@ -116,10 +116,17 @@ def _read_index(folder: Path) -> dict[str, str]:
             raise CheckpointError(
                 f"{path}: {name} points outside the checkpoint folder ({file_name!r}); expected a plain file name"
             )
-    missing = sorted({file for file in weight_map.values() if not (folder / file).is_file()})
+    missing = sorted({file for file in weight_map.values() if not _is_file(folder / file)})
     if missing:
         raise CheckpointError(f"{folder} lacks {len(missing)} of the shards that its index lists: {_some(missing)}")
     return weight_map
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name too long for the file system, or one it cannot express
+        return False
 
 
 def _merge(into: dict[str, StoredTensor], more: dict[str, StoredTensor]) -> None:

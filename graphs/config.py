@@ -7,7 +7,7 @@ warning, so that nothing is dropped in silence.
 import dataclasses
 import json
 import logging
-import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or an endless number
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}, expected a JSON object")
@@ -94,7 +94,7 @@ class Keys:
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < math.inf):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value <= sys.float_info.max):
             raise self._wrong(key, value, "a number above 0")
         return float(value)
 
@@ -116,7 +116,7 @@ class Keys:
         if value is not None and value not in allowed:
             expected = ", ".join(json.dumps(a) for a in allowed) or "it to be absent"
             raise CheckpointError(
-                f"{self.where}: {key} = {_short(value)} changes the maths and is not supported for this model_type"
+                f"{self.where}: {key} = {short(value)} changes the maths and is not supported for this model_type"
                 f" (expected {expected})"
             )
 
@@ -126,12 +126,16 @@ class Keys:
             log.warning("%s: unknown keys are ignored: %s", self.where, ", ".join(unknown))
 
     def _wrong(self, key: str, value: Any, expected: str) -> CheckpointError:
-        found = "it is missing" if value is None else f"found {_short(value)}"
+        found = "it is missing" if value is None else f"found {short(value)}"
         return CheckpointError(f"{self.where}: {key} must be {expected}, {found}")
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value, default=str)
+def short(value: Any) -> str:
+    """A JSON value as it may stand in a message."""
+    try:
+        text = json.dumps(value, default=str)
+    except (RecursionError, ValueError):  # too deep, or a number of thousands of digits
+        return f"a {type(value).__name__} that is too large to show"
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -184,6 +188,7 @@ MATHS_KEYS: dict[str, tuple[Any, ...]] = {
     "parallel_attn": (False,),
     "use_parallel_residual": (False,),
     "is_causal": (True,),
+    "rope_interleaved": (False,),
 }
 
 
@@ -191,6 +196,11 @@ def parse_rope(keys: Keys) -> RopeConfig:
     """Read `rope_theta` + `rope_scaling`, or transformers 5's `rope_parameters`, into a RopeConfig."""
     parameters = keys.get("rope_parameters")
     scaling = keys.get("rope_scaling")
+    if parameters is not None and scaling is not None and parameters != scaling:
+        raise CheckpointError(
+            f"config.json: rope_parameters {short(parameters)} and rope_scaling {short(scaling)} contradict each other:"
+            " remove one"
+        )
     where = "rope_parameters" if parameters is not None else "rope_scaling"
     raw = dict(_mapping(parameters if parameters is not None else scaling, where))
     raw.setdefault("rope_theta", keys.get("rope_theta", 10000.0))
@@ -199,7 +209,7 @@ def parse_rope(keys: Keys) -> RopeConfig:
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if not isinstance(rope_type, str) or rope_type not in ROPE_FIELDS:
         raise CheckpointError(
-            f"{rope.where}: rope type {_short(rope_type)} is not supported; supported: {', '.join(ROPE_FIELDS)}"
+            f"{rope.where}: rope type {short(rope_type)} is not supported; supported: {', '.join(ROPE_FIELDS)}"
         )
     rope.used.update(("rope_type", "type"))
     rope.only("partial_rotary_factor", (1, 1.0))
@@ -207,6 +217,16 @@ def parse_rope(keys: Keys) -> RopeConfig:
     for field in ROPE_FIELDS[rope_type]:
         read = rope.integer if field == "original_max_position_embeddings" else rope.number
         values[field] = read(field)
+    if rope_type == "llama3" and values["high_freq_factor"] <= values["low_freq_factor"]:
+        raise CheckpointError(
+            f"{rope.where}: high_freq_factor ({values['high_freq_factor']:g}) must be above low_freq_factor"
+            f" ({values['low_freq_factor']:g})"
+        )
+    outer = keys.get("original_max_position_embeddings")
+    if outer not in (None, values.get("original_max_position_embeddings")):
+        raise CheckpointError(
+            f"config.json: original_max_position_embeddings = {short(outer)} contradicts {where}: move it there"
+        )
     unknown = sorted(set(raw) - rope.used)
     if rope_type == "default":  # transformers leaves the scaling keys of other types at null, or writes a factor of 1
         unknown = [key for key in unknown if raw[key] is not None and not (key == "factor" and raw[key] == 1.0)]
@@ -219,7 +239,7 @@ def _mapping(value: Any, key: str) -> Mapping[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
-        raise CheckpointError(f"config.json: {key} must be an object or null, found {_short(value)}")
+        raise CheckpointError(f"config.json: {key} must be an object or null, found {short(value)}")
     return value
 
 

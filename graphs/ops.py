@@ -27,7 +27,7 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     wide = x.to(_compute_dtype(x))  # at least fp32: the mean of squares overflows fp16
     normal = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
-    return normal.to(x.dtype) * weight
+    return (normal.to(x.dtype) * weight).to(x.dtype)
 
 
 def rotary_reference(x_BHSD: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -88,32 +88,32 @@ def _copy(view: Tensor) -> Tensor:
 
 @torch.library.custom_op("export_llm::rms_norm", mutates_args=())
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return rms_norm_reference(x, weight, eps)
+    return rms_norm_reference(x, weight, eps).contiguous()
 
 
 @rms_norm.register_fake
 def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)
 
 
 @torch.library.custom_op("export_llm::rotary", mutates_args=())
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    return rotary_reference(x, cos, sin, interleaved)
+    return rotary_reference(x, cos, sin, interleaved).contiguous()
 
 
 @rotary.register_fake
 def _(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)
 
 
 @torch.library.custom_op("export_llm::update_kv_cache", mutates_args=())
 def update_kv_cache(cache: Tensor, new: Tensor, write_indices: Tensor) -> Tensor:
-    return update_kv_cache_reference(cache, new, write_indices)
+    return update_kv_cache_reference(cache, new, write_indices).contiguous()
 
 
 @update_kv_cache.register_fake
 def _(cache: Tensor, new: Tensor, write_indices: Tensor) -> Tensor:
-    return torch.empty_like(cache)
+    return cache.new_empty(cache.shape)
 
 
 @torch.library.custom_op("export_llm::attention", mutates_args=())

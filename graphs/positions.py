@@ -73,6 +73,12 @@ class RotaryPositionalEmbeddings(nn.Module):
         table = inverse_frequencies(rope, dim).to(torch.get_default_device())
         self.register_buffer("inv_freq", table, persistent=False)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryPositionalEmbeddings":
+        """Move with the module, but stay float32 whatever it is cast to: a rounded frequency is off by whole turns."""
+        super()._apply(fn, recurse)
+        self.inv_freq = inverse_frequencies(self.rope, self.dim).to(self.inv_freq.device)
+        return self
+
     def tables(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(cos, sin), each [B, S, dim / 2] in `dtype`, for positions [B, S]; angles are float32, as in Hugging Face."""
         angles = position_ids.to(torch.float32).unsqueeze(-1) * self.inv_freq

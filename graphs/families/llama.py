@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from graphs.attention.causal import CausalSelfAttention
-from graphs.config import HARMLESS_KEYS, MATHS_KEYS, MAX_LAYERS, DecoderConfig, Keys, parse_rope
+from graphs.config import HARMLESS_KEYS, MATHS_KEYS, MAX_LAYERS, DecoderConfig, Keys, parse_rope, short
 from graphs.errors import CheckpointError
 from graphs.layers import FeedForward, RMSNorm
 from graphs.positions import RotaryPositionalEmbeddings
@@ -20,8 +20,10 @@ def parse_config(raw: Mapping[str, Any]) -> DecoderConfig:
     for key, allowed in MATHS_KEYS.items():
         keys.only(key, allowed)
     layer_types = keys.get("layer_types", [])
-    if any(kind != "full_attention" for kind in layer_types):
-        raise CheckpointError(f"config.json: layer_types {layer_types} must all be full_attention for model_type llama")
+    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
+        raise CheckpointError(
+            f"config.json: layer_types {short(layer_types)} must all be full_attention for model_type llama"
+        )
 
     heads = keys.integer("num_attention_heads")
     hidden = keys.integer("hidden_size")

@@ -1,0 +1,607 @@
+"""config.json is read strictly: what changes the maths is honoured or refused by name, what is unknown is reported."""
+
+import json
+import logging
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from graphs.config import HARMLESS_KEYS, MATHS_KEYS, MAX_LAYERS, ROPE_FIELDS, DecoderConfig, RopeConfig, read_json
+from graphs.errors import CheckpointError
+from graphs.families import FAMILIES, find_family, llama
+from graphs.positions import ROPE_TYPES, inverse_frequencies
+
+# Every key that a Llama 3.2 config.json of Hugging Face holds and that the decoder needs.
+COMPLETE: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500_000.0,
+    "rope_scaling": None,
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+LLAMA3_ROPE: dict[str, Any] = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+DEEP = json.loads("[" * 300 + "1" + "]" * 300)
+
+
+def parse(without: str = "", **changes: Any) -> DecoderConfig:
+    raw = {**COMPLETE, **changes}
+    raw.pop(without, None)
+    return llama.parse_config(raw)
+
+
+def refused(message: str, **changes: Any) -> None:
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        parse(**changes)
+
+
+def assert_short(message: str) -> None:
+    """One line that a person can read, whatever the value was."""
+    assert len(message) < 400
+    assert "\n" not in message
+
+
+# --- what is read ------------------------------------------------------------------------------------------------
+
+
+def test_every_field_comes_from_its_key() -> None:
+    """The values all differ, so that no two keys can be mixed up."""
+    assert parse(attention_bias=True, mlp_bias=True, tie_word_embeddings=False) == DecoderConfig(
+        model_type="llama",
+        vocab_size=100,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=512,
+        rms_norm_eps=1e-5,
+        rope=RopeConfig(theta=500_000.0),
+        tie_word_embeddings=False,
+        attention_bias=True,
+        mlp_bias=True,
+    )
+    assert parse(attention_bias=True).mlp_bias is False
+    assert parse().tie_word_embeddings is True
+
+
+def test_defaults_are_transformers_own() -> None:
+    """A config.json with the required keys only means what LlamaConfig makes of it."""
+    required = {k: COMPLETE[k] for k in ("model_type", "vocab_size", "hidden_size", "intermediate_size")}
+    required |= {"num_hidden_layers": 2, "num_attention_heads": 4}
+    ours, theirs = llama.parse_config(required), LlamaConfig(**required)
+    for field in (
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "attention_bias",
+        "mlp_bias",
+    ):
+        assert getattr(ours, field) == getattr(theirs, field), field
+    assert ours.rope == RopeConfig(theta=theirs.rope_parameters["rope_theta"])
+    assert theirs.hidden_act == "silu"
+
+
+def test_null_means_absent() -> None:
+    """Hugging Face writes null for what is not set."""
+    optional = {"num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings", "attention_bias", "mlp_bias"}
+    optional |= {
+        "max_position_embeddings",
+        "rope_theta",
+        "rope_scaling",
+        "hidden_act",
+        "rope_parameters",
+        "layer_types",
+    }
+    absent = {key: value for key, value in COMPLETE.items() if key not in optional}
+    assert parse(**dict.fromkeys(optional)) == llama.parse_config(absent)
+
+
+def test_numbers_may_be_written_as_doubles_or_integers() -> None:
+    """Some tools know doubles only; some write 500000 for a float."""
+    assert parse(hidden_size=64.0, num_hidden_layers=2.0, rope_theta=500_000) == parse()
+    assert isinstance(parse(hidden_size=64.0).hidden_size, int)
+
+
+@pytest.mark.parametrize("hidden_act", ["silu", "swish"])
+def test_silu_has_two_names(hidden_act: str) -> None:
+    assert parse(hidden_act=hidden_act) == parse()
+
+
+# --- model types -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "mllama", "Llama", "", None, 3, ["llama"], {"llama": 1}])
+def test_unknown_model_type_lists_those_supported(model_type: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json: model_type .* is not supported; supported: ") as caught:
+        find_family({"model_type": model_type})
+    named, supported = str(caught.value).split(" is not supported; supported: ")
+    assert str(model_type) in named.replace('"', "'")
+    assert supported.split(", ") == sorted(FAMILIES)
+    assert "llama" in FAMILIES
+
+
+def test_missing_model_type() -> None:
+    with pytest.raises(CheckpointError, match=r"model_type None is not supported; supported: .*llama"):
+        find_family({})
+    assert find_family({"model_type": "llama"}).parse_config(COMPLETE) == parse()
+
+
+# --- keys that are missing or wrong ------------------------------------------------------------------------------
+
+REQUIRED = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+INTEGERS = [*REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings"]
+NUMBERS = ["rms_norm_eps", "rope_theta"]
+BOOLEANS = ["tie_word_embeddings", "attention_bias", "mlp_bias"]
+
+
+@pytest.mark.parametrize("null", [False, True])
+@pytest.mark.parametrize("key", REQUIRED)
+def test_missing_key_is_named(key: str, null: bool) -> None:
+    changes = {key: None} if null else {}
+    refused(f"config.json: {key} must be an integer from 1 to ", without="" if null else key, **changes)
+    refused("it is missing", without="" if null else key, **changes)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["64", "", True, False, 0, -1, 0.5, 64.5, [64], {}, 2**31, 10**30, 10**400, math.nan, math.inf, -math.inf, DEEP],
+    ids=lambda value: str(value)[:20],
+)
+@pytest.mark.parametrize("key", INTEGERS)
+def test_what_is_no_positive_integer_is_refused(key: str, value: Any) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        parse(**{key: value})
+    message = str(caught.value)
+    assert message.startswith(f"config.json: {key} must be an integer from 1 to ")
+    assert f", found {json.dumps(value)[:77]}" in message
+    assert_short(message)
+
+
+@pytest.mark.parametrize("layers", [MAX_LAYERS + 1, 100_000_000])
+def test_absurd_number_of_layers_is_refused_at_once(layers: int) -> None:
+    refused(f"num_hidden_layers must be an integer from 1 to {MAX_LAYERS}, found {layers}", num_hidden_layers=layers)
+    assert parse(num_hidden_layers=MAX_LAYERS).num_hidden_layers == MAX_LAYERS
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["1e-5", True, False, 0, 0.0, -1e-5, [1e-5], {}, math.nan, math.inf, -math.inf, 10**400, DEEP],
+    ids=lambda value: str(value)[:20],
+)
+@pytest.mark.parametrize("key", NUMBERS)
+def test_what_is_no_positive_number_is_refused(key: str, value: Any) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        parse(**{key: value})
+    message = str(caught.value)
+    assert re.match(rf"config\.json: .*{key} must be a number above 0, found ", message)
+    assert_short(message)
+
+
+@pytest.mark.parametrize("value", ["true", 0, 1, 1.0, [], {}])
+@pytest.mark.parametrize("key", BOOLEANS)
+def test_what_is_no_boolean_is_refused(key: str, value: Any) -> None:
+    refused(f"config.json: {key} must be true or false, found {json.dumps(value)}", **{key: value})
+
+
+def test_hidden_size_must_be_divisible_by_heads() -> None:
+    refused("hidden_size (64) must be a multiple of num_attention_heads (5): check config.json", num_attention_heads=5)
+
+
+@pytest.mark.parametrize("kv_heads", [3, 8])
+def test_heads_must_be_divisible_by_kv_heads(kv_heads: int) -> None:
+    refused(
+        f"num_heads (4) must be a multiple of num_kv_heads ({kv_heads}): check config.json",
+        num_key_value_heads=kv_heads,
+    )
+
+
+def test_head_dim_must_be_even() -> None:
+    refused("head_dim (15) must be even for rotary embedding: check config.json", head_dim=15)
+    refused(
+        "head_dim (7) must be even for rotary embedding: check config.json",
+        without="head_dim",
+        hidden_size=28,
+    )
+
+
+# --- keys that change the maths ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hidden_act", ["gelu", "gelu_new", "relu", "SiLU", "", ["silu"], {}, 1, True])
+def test_other_activations_are_refused(hidden_act: Any) -> None:
+    refused(
+        f'config.json: hidden_act must be one of "silu", "swish", found {json.dumps(hidden_act)}', hidden_act=hidden_act
+    )
+
+
+# A value with which a relative of Llama computes something else, for every key that MATHS_KEYS lists.
+CHANGED: dict[str, Any] = {
+    "quantization_config": {"quant_method": "gptq", "bits": 4},
+    "sliding_window": 4096,
+    "use_sliding_window": True,
+    "attention_chunk_size": 8192,
+    "partial_rotary_factor": 0.5,
+    "rotary_pct": 0.25,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "logit_softcapping": 30.0,
+    "query_pre_attn_scalar": 256,
+    "use_qk_norm": True,
+    "qk_norm": True,
+    "qk_layernorm": True,
+    "no_rope_layers": [1, 1, 1, 0],
+    "no_rope_layer_interval": 4,
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.0078125,
+    "logits_scaling": 8.0,
+    "logit_scale": 0.0625,
+    "scale_depth": 1.4,
+    "scale_emb": 12,
+    "num_experts": 8,
+    "num_local_experts": 8,
+    "n_routed_experts": 64,
+    "clip_qkv": 8.0,
+    "alibi": True,
+    "parallel_attn": True,
+    "use_parallel_residual": True,
+    "is_causal": False,
+    "rope_interleaved": True,
+    "original_max_position_embeddings": 4096,  # where it stands beside rope_scaling
+}
+# The value of each key, where it has one, with which nothing changes.
+NEUTRAL: dict[str, Any] = {
+    "use_sliding_window": False,
+    "partial_rotary_factor": 1.0,
+    "rotary_pct": 1.0,
+    "use_qk_norm": False,
+    "qk_norm": False,
+    "qk_layernorm": False,
+    "no_rope_layers": [],
+    "embedding_multiplier": 1.0,
+    "residual_multiplier": 1,
+    "logits_scaling": 1.0,
+    "logit_scale": 1,
+    "scale_emb": 1,
+    "alibi": False,
+    "parallel_attn": False,
+    "use_parallel_residual": False,
+    "is_causal": True,
+    "rope_interleaved": False,
+}
+
+
+def test_every_maths_key_has_a_value_here() -> None:
+    assert set(MATHS_KEYS) <= set(CHANGED)
+    assert not set(MATHS_KEYS) & HARMLESS_KEYS
+
+
+@pytest.mark.parametrize("key", list(MATHS_KEYS))
+def test_key_that_changes_the_maths_is_refused_by_name(key: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        parse(**{key: CHANGED[key]})
+    message = str(caught.value)
+    assert message.startswith(
+        f"config.json: {key} = {json.dumps(CHANGED[key])} changes the maths and is not supported for this model_type"
+    )
+    expected = json.dumps(NEUTRAL[key]) if key in NEUTRAL else "it to be absent"
+    assert re.search(rf"\(expected .*{re.escape(expected)}.*\)$", message)
+
+
+@pytest.mark.parametrize("key", list(MATHS_KEYS))
+def test_null_changes_nothing(key: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert parse(**{key: None}) == parse()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("key", list(NEUTRAL))
+def test_neutral_value_changes_nothing(key: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert parse(**{key: NEUTRAL[key]}) == parse()
+    assert not caplog.records
+
+
+def test_a_long_value_is_cut_in_the_message() -> None:
+    with pytest.raises(CheckpointError, match=r"quantization_config = .{77}\.\.\. changes the maths") as caught:
+        parse(quantization_config={"modules": ["x" * 50] * 50})
+    assert_short(str(caught.value))
+
+
+@pytest.mark.parametrize(
+    "layer_types",
+    [["full_attention", "sliding_attention"], ["chunked_attention"], "full_attention", 3, True, {"full_attention": 1}],
+    ids=str,
+)
+def test_other_kinds_of_layers_are_refused(layer_types: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json: layer_types .* must all be full_attention"):
+        parse(layer_types=layer_types)
+
+
+def test_layers_of_full_attention_are_taken(caplog: pytest.LogCaptureFixture) -> None:
+    assert parse(layer_types=["full_attention", "full_attention"]) == parse()
+    assert not caplog.records
+
+
+# --- rotary embedding --------------------------------------------------------------------------------------------
+
+
+def styles(rope: dict[str, Any]) -> list[dict[str, Any]]:
+    """The same rope in the ways that config.json is written: classic, older still, transformers 5."""
+    older = {("type" if key == "rope_type" else key): value for key, value in rope.items()}
+    return [
+        {"rope_theta": 1e4, "rope_scaling": rope},
+        {"rope_theta": 1e4, "rope_scaling": older},
+        {"rope_theta": 1e4, "rope_scaling": {**rope, "type": rope.get("rope_type")}},
+        {"rope_theta": None, "rope_parameters": {**rope, "rope_theta": 1e4}},
+        {"rope_theta": 1e4, "rope_parameters": rope},
+    ]
+
+
+@pytest.mark.parametrize("style", range(5))
+@pytest.mark.parametrize(
+    "rope",
+    [{"rope_type": "default"}, {"rope_type": "linear", "factor": 2.5}, LLAMA3_ROPE],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_rope_is_read_in_every_style(rope: dict[str, Any], style: int) -> None:
+    assert parse(**styles(rope)[style]).rope == RopeConfig(theta=1e4, **rope)
+
+
+def test_rope_fields_and_formulas_are_for_the_same_types() -> None:
+    assert set(ROPE_FIELDS) == set(ROPE_TYPES)
+
+
+@pytest.mark.parametrize("style", range(5))
+@pytest.mark.parametrize("rope_type", ["yarn", "dynamic", "longrope", "su", "mrope", "Linear", "", 7, ["llama3"], {}])
+def test_unsupported_rope_type_lists_those_supported(rope_type: Any, style: int) -> None:
+    changes = styles({"rope_type": rope_type, "factor": 4.0})[style]
+    where = "rope_parameters" if style >= 3 else "rope_scaling"
+    refused(
+        f"config.json: {where}: rope type {json.dumps(rope_type)} is not supported; supported: default, linear, llama3",
+        **changes,
+    )
+
+
+@pytest.mark.parametrize("null", [False, True])
+@pytest.mark.parametrize("style", range(5))
+@pytest.mark.parametrize(
+    ("rope_type", "field"), [(rope_type, field) for rope_type, fields in ROPE_FIELDS.items() for field in fields]
+)
+def test_missing_rope_field_is_named(rope_type: str, field: str, style: int, null: bool) -> None:
+    rope = {"rope_type": rope_type, **{name: LLAMA3_ROPE[name] for name in ROPE_FIELDS[rope_type]}}
+    rope = {**rope, field: None} if null else {name: value for name, value in rope.items() if name != field}
+    with pytest.raises(CheckpointError, match=rf"config\.json: rope_.*: {field} must be .*, it is missing"):
+        parse(**styles(rope)[style])
+
+
+@pytest.mark.parametrize("value", ["8", True, 0, -1, math.nan, math.inf, [8], {}], ids=str)
+@pytest.mark.parametrize("field", ROPE_FIELDS["llama3"])
+def test_wrong_rope_field_is_named(field: str, value: Any) -> None:
+    with pytest.raises(
+        CheckpointError, match=rf"rope_scaling: {field} must be .*, found {re.escape(json.dumps(value))}"
+    ):
+        parse(rope_scaling={**LLAMA3_ROPE, field: value})
+
+
+@pytest.mark.parametrize("style", range(5))
+@pytest.mark.parametrize(
+    ("rope", "unknown"),
+    [
+        ({**LLAMA3_ROPE, "attention_factor": 1.2}, "attention_factor"),
+        ({**LLAMA3_ROPE, "mscale": None, "beta_fast": 32}, "beta_fast, mscale"),
+        ({"rope_type": "linear", "factor": 2.0, "low_freq_factor": 1.0}, "low_freq_factor"),
+        ({"rope_type": "default", "factor": 2.0}, "factor"),
+        ({"rope_type": "default", "short_factor": [1.0]}, "short_factor"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_unknown_rope_keys_are_named(rope: dict[str, Any], unknown: str, style: int) -> None:
+    with pytest.raises(CheckpointError, match=rf"unknown keys {unknown} for rope type {rope['rope_type']}"):
+        parse(**styles(rope)[style])
+
+
+def test_rope_parameters_per_kind_of_layer_are_refused() -> None:
+    """transformers 5 nests them for models with several kinds of layers."""
+    nested = {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}
+    refused("config.json: rope_parameters: unknown keys full_attention for rope type default", rope_parameters=nested)
+
+
+def test_default_rope_may_hold_a_factor_of_one_and_nulls() -> None:
+    assert parse(rope_scaling={"rope_type": "default", "factor": 1.0, "low_freq_factor": None}) == parse()
+    assert parse(rope_scaling={}) == parse()
+
+
+@pytest.mark.parametrize("value", ["linear", ["linear", 2.0], 2.0, True, DEEP], ids=lambda v: str(v)[:20])
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_rope_that_is_no_object_is_refused(key: str, value: Any) -> None:
+    with pytest.raises(CheckpointError, match=f"config.json: {key} must be an object or null, found ") as caught:
+        parse(**{key: value})
+    assert_short(str(caught.value))
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.0, 0.99])
+def test_partial_rotary_inside_rope_is_refused(factor: float) -> None:
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": factor}
+    refused(f"config.json: rope_parameters: partial_rotary_factor = {factor} changes the maths", rope_parameters=rope)
+    assert parse(rope_parameters={**rope, "partial_rotary_factor": 1.0}).rope == RopeConfig(theta=1e4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"rope_theta": 1e6}, id="rope_theta"),
+        pytest.param({"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, id="linear"),
+        pytest.param({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, id="factor below 1"),
+        pytest.param({"rope_scaling": LLAMA3_ROPE}, id="llama3"),
+        pytest.param({"rope_scaling": {**LLAMA3_ROPE, "factor": 2.0}}, id="factor"),
+        pytest.param({"rope_scaling": {**LLAMA3_ROPE, "low_freq_factor": 2.0}}, id="low_freq_factor"),
+        pytest.param({"rope_scaling": {**LLAMA3_ROPE, "high_freq_factor": 16.0}}, id="high_freq_factor"),
+        pytest.param(
+            {"rope_scaling": {**LLAMA3_ROPE, "original_max_position_embeddings": 400}}, id="original positions"
+        ),
+        pytest.param({"rope_scaling": LLAMA3_ROPE, "original_max_position_embeddings": 400}, id="original, outside"),
+        pytest.param({"rope_scaling": {**LLAMA3_ROPE, "low_freq_factor": 4.0}}, id="empty band"),
+        pytest.param(
+            {"rope_scaling": {**LLAMA3_ROPE, "low_freq_factor": 8.0, "high_freq_factor": 2.0}}, id="band upside down"
+        ),
+        pytest.param(
+            {
+                "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+                "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+            },
+            id="rope_scaling beside rope_parameters",
+        ),
+        pytest.param(
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e3}, "rope_theta": 5e5}, id="two thetas"
+        ),
+        pytest.param({"rope_scaling": LLAMA3_ROPE, "partial_rotary_factor": 0.5}, id="partial"),
+        pytest.param({"head_dim": 32}, id="head_dim"),
+    ],
+)
+def test_rope_means_what_it_means_in_transformers_or_is_refused(changes: dict[str, Any]) -> None:
+    """Never a third thing: the frequencies are transformers' for the same config.json, or there is an error."""
+    raw = {**COMPLETE, **changes}
+    # transformers changes the dictionaries that it is given
+    theirs = LlamaRotaryEmbedding(LlamaConfig(**json.loads(json.dumps(raw)))).inv_freq
+    unchanged = LlamaRotaryEmbedding(LlamaConfig(**json.loads(json.dumps(COMPLETE)))).inv_freq
+    assert theirs.shape != unchanged.shape or not torch.allclose(theirs, unchanged, rtol=1e-3)
+    try:
+        config = llama.parse_config(raw)
+    except CheckpointError:
+        return
+    ours = inverse_frequencies(config.rope, config.head_dim)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+
+
+def test_most_of_the_above_are_honoured() -> None:
+    """The test above would pass if everything were refused."""
+    for rope in (LLAMA3_ROPE, {**LLAMA3_ROPE, "factor": 2.0}, {"rope_type": "linear", "factor": 0.5}):
+        parse(rope_scaling=rope)
+    parse(head_dim=32, rope_theta=1e6)
+
+
+# --- unknown keys ------------------------------------------------------------------------------------------------
+
+
+def test_unknown_keys_are_warned_of_by_name(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert parse(zebra=1, mystery_multiplier=None) == parse()
+    assert [record.getMessage() for record in caplog.records] == [
+        "config.json: unknown keys are ignored: mystery_multiplier, zebra"
+    ]
+    assert caplog.records[0].levelno == logging.WARNING
+
+
+def test_a_config_written_by_transformers_gives_no_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Neither does one with the bookkeeping keys of older versions."""
+    LlamaConfig(**json.loads(json.dumps(COMPLETE))).save_pretrained(tmp_path)
+    written = read_json(tmp_path / "config.json")
+    assert llama.parse_config(written) == parse()
+    llama.parse_config(
+        {**written, "torch_dtype": "bfloat16", "_name_or_path": "x", "pretraining_tp": 1, "id2label": {}}
+    )
+    assert not caplog.records
+
+
+# --- the file ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"{'a': 1}",
+        b'{"a": 1,}',
+        b"\xff\xfe{}",
+        b"\xef\xbb\xbf{}",
+        b"PK\x03\x04",
+        b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
+        b'{"a": ' + b"9" * 5000 + b"}",
+    ],
+    ids=["empty", "cut", "quotes", "comma", "utf-16", "bom", "zip", "deep list", "deep object", "long number"],
+)
+def test_what_is_not_json_is_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{re.escape(str(path))} cannot be read as JSON: ") as caught:
+        read_json(path)
+    assert_short(str(caught.value).replace(str(path), ""))
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"), [("[1]", "list"), ('"x"', "str"), ("3", "int"), ("null", "NoneType"), ("true", "bool")]
+)
+def test_json_that_is_no_object_is_refused(content: str, kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    with pytest.raises(CheckpointError, match=f"{re.escape(str(path))} holds a {kind}, expected a JSON object"):
+        read_json(path)
+
+
+def test_missing_file_and_folder_in_its_place(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config\.json is missing"):
+        read_json(tmp_path / "config.json")
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read as JSON: .*[Dd]irectory"):
+        read_json(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    "key", ["hidden_size", "rms_norm_eps", "mlp_bias", "hidden_act", "rope_scaling", "layer_types"]
+)
+def test_a_value_as_deep_as_the_parser_lets_pass_is_one_short_message(key: str, tmp_path: Path) -> None:
+    """What json.loads accepts just below its limit, the message must be able to quote."""
+    path = tmp_path / "config.json"
+    text = json.dumps({**COMPLETE, key: "?"})
+    for depth in range(700, 1000):
+        path.write_text(text.replace('"?"', "[" * depth + "]" * depth))
+        with pytest.raises(CheckpointError) as caught:
+            llama.parse_config(read_json(path))
+        assert_short(str(caught.value).replace(str(path), ""))
+
+
+JUNK: list[Any] = [
+    *(True, False, 0, 1, -1, 2.5, 10**400, math.nan, math.inf, "", "x", "full_attention", "linear"),
+    *([], [1], [[]], [None], ["full_attention"], {}, {"x": 1}, {"full_attention": None}),
+    *({"rope_type": value} for value in (None, "default", "linear", "llama3", [], 1)),
+    *({"rope_type": "linear", "factor": value} for value in (None, "x", 0, 10**400, [], {})),
+    *({"rope_theta": value} for value in (None, "x", 0, -1, 10**400, [], {})),
+]
+
+
+@pytest.mark.parametrize("key", [*COMPLETE, *MATHS_KEYS, "rope_parameters", "layer_types", "torch_dtype", "zebra"])
+def test_any_value_gives_a_config_or_a_checkpoint_error(key: str) -> None:
+    """No other exception, whatever a damaged or foreign config.json holds."""
+    for value in JUNK:
+        raw = {**COMPLETE, key: value}
+        try:
+            assert isinstance(find_family(raw).parse_config(raw), DecoderConfig)
+        except CheckpointError:
+            continue

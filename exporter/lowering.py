@@ -12,14 +12,12 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from exporter.layouts.layout import Layout
+from exporter.layouts.layout import WRAPPED, Layout
 from exporter.passes.name_interface import name_interface
 from exporter.passes.name_nodes import name_nodes
 from exporter.passes.strip_metadata import strip_metadata
 from exporter.quiet import quiet_torch
 from runtimes.signature import GraphSignature
-
-WRAPPER_PREFIX = "decoder."  # where a layout's wrapper holds the TransformerDecoder
 
 
 def lower(
@@ -59,7 +57,7 @@ def lower(
 def _bind_initializers(model: ir.Model, tensor_names: Mapping[str, str], buffers: Mapping[str, Tensor]) -> None:
     """Give parameters their checkpoint names and no value (so that no pass can look inside), buffers their values."""
     for name, value in list(model.graph.initializers.items()):
-        inner = name.removeprefix(WRAPPER_PREFIX)
+        inner = name.removeprefix(f"{WRAPPED}.")
         if not value.uses():
             del model.graph.initializers[name]
         elif inner in tensor_names:

@@ -48,7 +48,7 @@ def plan_weights(checkpoint: Checkpoint, names: Iterable[str], precision: Precis
     """
     tensors = {name: checkpoint.tensors[name] for name in sorted(set(names))}
     other = sorted(name for name, tensor in tensors.items() if tensor.dtype != precision.safetensors)
-    files = sorted({tensor.path for tensor in tensors.values()})
+    files = sorted({tensor.path for tensor in checkpoint.tensors.values()})
     in_place = {name: dataclasses.replace(t, path=Path(t.path.name)) for name, t in tensors.items()}
     if mode == "reference":
         if other:

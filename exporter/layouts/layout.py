@@ -11,6 +11,7 @@ from graphs.transformer import TransformerDecoder
 from runtimes.signature import CacheSpec, GraphSignature
 
 Lowering = Callable[..., Any]
+WRAPPED = "decoder"  # the attribute in which every wrapper holds its TransformerDecoder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,8 @@ from collections import Counter
 
 import onnx_ir as ir
 
+from exporter.layouts.layout import WRAPPED
+
 SCOPES_KEY = "pkg.torch.onnx.name_scopes"  # written by torch.onnx: a list of module paths, the operator's name last
 
 
@@ -23,5 +25,5 @@ def name_nodes(model: ir.Model) -> None:
 
 def _module_path(node: ir.Node) -> str:
     scopes = ast.literal_eval(node.metadata_props.get(SCOPES_KEY, "[]"))
-    modules = scopes[:-1]
-    return modules[-1].removeprefix("decoder").lstrip(".") if modules else ""
+    ours = [scope for scope in scopes[:-1] if scope.partition(".")[0] == WRAPPED]
+    return ours[-1].removeprefix(WRAPPED).lstrip(".") if ours else ""

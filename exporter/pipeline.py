@@ -27,7 +27,7 @@ from graphs.config import DecoderConfig
 from graphs.families import Family, find_family
 from graphs.loading import check_weights
 from runtimes.artifact import MANIFEST, EngineEntry, GraphEntry, Manifest, file_entry
-from runtimes.errors import RuntimeMissingError
+from runtimes.errors import EngineLoadError, RuntimeMissingError
 from runtimes.onnxruntime_runner import OnnxRuntimeRunner
 from runtimes.parity import ParitySummary
 from runtimes.runner import Runner
@@ -270,7 +270,7 @@ def _verify_all(
                     on_stage=functools.partial(_start_verify_stage, progress, name),
                 )
             )
-        except RuntimeMissingError as error:
+        except (RuntimeMissingError, EngineLoadError) as error:  # an engine may be for another GPU than this machine's
             not_run[name] = str(error)
     return ParitySummary(reports=tuple(reports), not_run=not_run)
 

@@ -5,6 +5,10 @@ class ArtifactError(ValueError):
     """The artifact is damaged, absent, or not what was asked for."""
 
 
+class EngineLoadError(ArtifactError):
+    """The engine is of no use on this machine; it may be whole, and made for another GPU."""
+
+
 class RuntimeMissingError(RuntimeError):
     """The library, provider or device that a runner needs is not there."""
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from runtimes.artifact import Artifact
 from runtimes.cuda import cuda_device_count
-from runtimes.errors import ArtifactError, FeedError, RuntimeMissingError
+from runtimes.errors import ArtifactError, EngineLoadError, FeedError, RuntimeMissingError
 from runtimes.runner import Feeds
 from runtimes.signature import DTYPE_BYTES, CacheSpec, GraphSignature
 from runtimes.step_checks import check_reset, check_step
@@ -38,8 +38,15 @@ class Cuda:
                 f"running an engine needs CUDA's Python bindings ({error}): pip install cuda-bindings"
             ) from None
         self.api = runtime
-        self.call(runtime.cudaSetDevice, device_id)
-        self.stream = self.call(runtime.cudaStreamCreate)
+        try:
+            self.call(runtime.cudaSetDevice, device_id)
+            # non-blocking: what others do in the default stream must not spoil a capture
+            self.stream = self.call(runtime.cudaStreamCreateWithFlags, runtime.cudaStreamNonBlocking)
+        except RuntimeError as error:
+            raise RuntimeMissingError(
+                f"CUDA device {device_id} cannot be used ({error}); devices here: {cuda_device_count()}, from 0 on."
+                " If the driver is too old, update it, or install the cuda-bindings of its CUDA version"
+            ) from None
 
     def call(self, function: Any, *args: Any) -> Any:
         """Call; return the result without the error code. RuntimeError when the call failed."""
@@ -49,7 +56,7 @@ class Cuda:
         return result[0] if result else None
 
     def upload(self, target: int, array: np.ndarray) -> None:
-        """Copy a contiguous host array to device memory, in stream order."""
+        """Copy a contiguous host array to device memory, in stream order; it must live until the stream is idle."""
         kind = self.api.cudaMemcpyKind.cudaMemcpyHostToDevice
         self.call(self.api.cudaMemcpyAsync, target, array.ctypes.data, array.nbytes, kind, self.stream)
 
@@ -63,31 +70,61 @@ class Cuda:
         """Wait for everything in the stream."""
         self.call(self.api.cudaStreamSynchronize, self.stream)
 
+    def release(self, function: Any, *args: Any) -> None:
+        """Call a function that frees something. After a fault on the device it fails like every call, which is not
+        news: the fault itself was raised where it showed.
+        """
+        (error, *_) = function(*args)
+        if error != self.api.cudaError_t.cudaSuccess:
+            log.debug("%s failed: %s", function.__name__, error.name)
+
 
 class Buffers:
-    """Named device allocations that grow when they must; `generation` counts how often an address changed."""
+    """Named device allocations that are kept from call to call, and grow when they must."""
 
     def __init__(self, cuda: Cuda) -> None:
         self._cuda = cuda
         self._memory: dict[str, tuple[int, int]] = {}  # name: (address, bytes)
-        self.generation = 0
 
     def get(self, name: str, nbytes: int) -> int:
-        """Address of at least `nbytes` bytes; kept from call to call unless it has to grow."""
+        """Address of at least `nbytes` bytes. The stream must be idle if the buffer has to grow."""
         address, size = self._memory.get(name, (0, 0))
         if size < nbytes:
             if address:
-                self._cuda.call(self._cuda.api.cudaFree, address)
+                del self._memory[name]
+                self._cuda.release(self._cuda.api.cudaFree, address)
             address = int(self._cuda.call(self._cuda.api.cudaMalloc, nbytes))
             self._memory[name] = (address, nbytes)
-            self.generation += 1
         return address
 
     def free(self) -> None:
         """Release all."""
         for address, _ in self._memory.values():
-            self._cuda.call(self._cuda.api.cudaFree, address)
+            self._cuda.release(self._cuda.api.cudaFree, address)
         self._memory.clear()
+
+
+class BoundContext:
+    """An execution context that remembers its shapes and addresses.
+
+    `generation` counts the changes: what was captured from the context before one is void after it.
+    """
+
+    def __init__(self, context: Any, profile: int, stream: int) -> None:
+        self.context = context
+        self.generation = 0
+        self._bound: dict[str, tuple[Any, int]] = {}
+        _require(context.set_optimization_profile_async(profile, stream), f"profile {profile}")
+
+    def bind(self, name: str, address: int, shape: tuple[int, ...] | None = None) -> None:
+        """Give a tensor its address, and an input its shape."""
+        if self._bound.get(name) == (shape, address):
+            return
+        self.generation += 1
+        if shape is not None:
+            _require(self.context.set_input_shape(name, shape), f"shape of {name}")
+        _require(self.context.set_tensor_address(name, address), f"address of {name}")
+        self._bound[name] = (shape, address)
 
 
 class TensorRTRunner:
@@ -108,36 +145,49 @@ class TensorRTRunner:
 
         Raises:
             RuntimeMissingError: no library, no CUDA bindings, or no GPU.
-            ArtifactError: the engine is damaged, or made for another GPU or library version.
+            ArtifactError: the engine is damaged, made for another GPU or library version, or not what the signature
+                says.
+            RuntimeError: the device has too little memory.
         """
         trt = import_tensorrt(self.target)
+        self.signature = signature
+        self.cache_spec = cache_spec
+        self.description = f"{self.target} {trt.__version__}"
+        (logits,) = (spec for spec in signature.outputs if spec.name == "logits")
+        self._vocab_size = int(logits.shape[-1])
+        self._batch_size = 0
+        self._use_graphs = cuda_graphs
+        self._graph: tuple[int, Any] | None = None  # (generation of the decode context, executable graph)
+        self._contexts: list[BoundContext] = []
+        self._engine: Any = None
         self._cuda = Cuda(device_id)
+        self._buffers = Buffers(self._cuda)
+        self._open = True
+        try:
+            self._load(trt, engine_path)
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self, trt: Any, engine_path: Path) -> None:
         logger = get_logger(self.target)
         logger.clear()
         self._runtime = trt.Runtime(logger)
         self._engine = self._runtime.deserialize_cuda_engine(engine_path.read_bytes())
         if self._engine is None:
             reason = "; ".join(logger.errors[-3:]) or "the library gave no reason"
-            raise ArtifactError(
+            raise EngineLoadError(
                 f"{engine_path.name} cannot be loaded by {self.target} {trt.__version__}: it was made for another GPU"
                 f" or library version, or is damaged ({reason}): export again on, or for, this machine"
             )
-        self._check_interface(signature, cache_spec)
-        self._contexts = []
+        _check_interface(self._engine, self.signature)
         for profile in (PREFILL, DECODE):
-            context = self._engine.create_execution_context()
-            context.set_optimization_profile_async(profile, int(self._cuda.stream))
-            self._contexts.append(context)
+            context = self._make_context(trt)
+            if context is None:
+                reason = "; ".join(logger.errors[-3:]) or "out of memory"
+                raise RuntimeError(f"{self.target} could not make an execution context: {reason}")
+            self._contexts.append(BoundContext(context, profile, int(self._cuda.stream)))
         self._cuda.synchronize()
-        self._buffers = Buffers(self._cuda)
-        self._batch_size = 0
-        self._use_graphs = cuda_graphs
-        self._graphs: dict[tuple[int, int, int], Any] = {}  # {(batch, total, buffer generation): graph}
-        (logits,) = (spec for spec in signature.outputs if spec.name == "logits")
-        self._vocab_size = int(logits.shape[-1])
-        self.signature = signature
-        self.cache_spec = cache_spec
-        self.description = f"{self.target} {trt.__version__}"
 
     @classmethod
     def open(cls, artifact: Artifact, **options: Any) -> "TensorRTRunner":
@@ -155,16 +205,19 @@ class TensorRTRunner:
         """Make a cache of zeros for `batch_size` rows."""
         self._require_open()
         check_reset(batch_size, self.signature)
-        self._batch_size = batch_size
-        shape = self.cache_spec.array_shape(batch_size)
-        for past, present in self._cache_names():
-            address = self._buffers.get(past, self._tensor_bytes())
-            self._cuda.call(self._cuda.api.cudaMemsetAsync, address, 0, self._tensor_bytes(), self._cuda.stream)
-            for context in self._contexts:
-                _require(context.set_input_shape(past, shape), f"shape of {past}")
-                _require(context.set_tensor_address(past, address), f"address of {past}")
-                _require(context.set_tensor_address(present, address), f"address of {present}")
         self._cuda.synchronize()
+        self._batch_size = 0  # until the cache is whole
+        self._drop_graph()
+        shape = self.cache_spec.array_shape(batch_size)
+        nbytes = int(np.prod(shape)) * DTYPE_BYTES[self.cache_spec.dtype]
+        for past, present in zip(self.cache_spec.past_names(), self.cache_spec.present_names(), strict=True):
+            address = self._buffers.get(past, nbytes)
+            self._cuda.call(self._cuda.api.cudaMemsetAsync, address, 0, nbytes, self._cuda.stream)
+            for context in self._contexts:
+                context.bind(past, address, shape)
+                context.bind(present, address)
+        self._cuda.synchronize()
+        self._batch_size = batch_size
 
     def step(self, feeds: Feeds) -> np.ndarray:
         """Run the engine; the cache is updated in place. See Runner.step."""
@@ -172,20 +225,19 @@ class TensorRTRunner:
         sizes = check_step(feeds, self.signature, self.cache_spec, self._batch_size)
         decode = sizes["sequence_length"] == 1 and sizes["n"] == 1
         feeds = _pad_mask(feeds, self.cache_spec.max_len) if decode else feeds
-        context = self._contexts[DECODE if decode else PREFILL]
-        for name, array in feeds.items():
-            array = np.ascontiguousarray(array)
+        bound = self._contexts[DECODE if decode else PREFILL]
+        host = {name: np.ascontiguousarray(array) for name, array in feeds.items()}  # alive until the download
+        for name, array in host.items():
             address = self._buffers.get(name, array.nbytes)
             self._cuda.upload(address, array)
-            _require(context.set_input_shape(name, array.shape), f"shape of {name}")
-            _require(context.set_tensor_address(name, address), f"address of {name}")
+            bound.bind(name, address, array.shape)
         logits = np.empty((self._batch_size, sizes["n"], self._vocab_size), np.float32)
         address = self._buffers.get("logits", logits.nbytes)
-        _require(context.set_tensor_address("logits", address), "address of logits")
+        bound.bind("logits", address)
         if decode and self._use_graphs:
-            self._replay(context, feeds["attention_mask"].shape[1])
+            self._replay(bound)
         else:
-            self._enqueue(context)
+            self._enqueue(bound)
         self._cuda.download(logits, address)
         return logits
 
@@ -207,15 +259,15 @@ class TensorRTRunner:
 
     def close(self) -> None:
         """Release the engine, its contexts and all device memory."""
-        if self._engine is None:
+        if not self._open:
             return
-        self._cuda.synchronize()
-        for graph in self._graphs.values():
-            self._cuda.call(self._cuda.api.cudaGraphExecDestroy, graph)
-        self._graphs.clear()
+        self._open = False
+        self._cuda.release(self._cuda.api.cudaStreamSynchronize, self._cuda.stream)
+        self._drop_graph()
+        self._contexts.clear()
+        self._engine = self._runtime = None
         self._buffers.free()
-        self._contexts, self._engine, self._runtime = [], None, None
-        self._cuda.call(self._cuda.api.cudaStreamDestroy, self._cuda.stream)
+        self._cuda.release(self._cuda.api.cudaStreamDestroy, self._cuda.stream)
 
     def __enter__(self) -> "TensorRTRunner":
         return self
@@ -225,62 +277,105 @@ class TensorRTRunner:
     ) -> None:
         self.close()
 
-    def _enqueue(self, context: Any) -> None:
-        if not context.execute_async_v3(int(self._cuda.stream)):
+    def _make_context(self, trt: Any) -> Any:
+        return self._engine.create_execution_context()
+
+    def _enqueue(self, bound: BoundContext) -> None:
+        if not bound.context.execute_async_v3(int(self._cuda.stream)):
             raise RuntimeError(f"{self.target} could not run the engine: {get_logger(self.target).errors[-3:]}")
 
-    def _replay(self, context: Any, total: int) -> None:
-        """Run a decode step from its CUDA graph, which is captured the second time its shapes come up."""
-        key = (self._batch_size, total, self._buffers.generation)
-        graph = self._graphs.get(key)
-        if graph is not None:
-            self._cuda.call(self._cuda.api.cudaGraphLaunch, graph, self._cuda.stream)
+    def _replay(self, bound: BoundContext) -> None:
+        """Run a decode step from its CUDA graph; one is captured after the first step of new shapes or addresses."""
+        if self._graph is not None and self._graph[0] == bound.generation:
+            self._cuda.call(self._cuda.api.cudaGraphLaunch, self._graph[1], self._cuda.stream)
             return
-        self._enqueue(context)  # the first run after a change of shape may allocate, which a capture must not
+        self._drop_graph()
+        self._enqueue(bound)  # the first run after a change of shape may allocate, which a capture must not
         self._cuda.synchronize()
-        self._graphs[key] = self._capture(context)
+        try:
+            self._graph = (bound.generation, self._capture(bound))
+        except RuntimeError as error:
+            log.warning("decoding without CUDA graphs: %s", str(error))
+            self._use_graphs = False
 
-    def _capture(self, context: Any) -> Any:
+    def _capture(self, bound: BoundContext) -> Any:
         api = self._cuda.api
         mode = api.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._cuda.call(api.cudaStreamBeginCapture, self._cuda.stream, mode)
-        self._enqueue(context)
+        try:
+            self._enqueue(bound)
+        except RuntimeError:
+            self._cuda.release(api.cudaStreamEndCapture, self._cuda.stream)  # or the stream stays unusable
+            raise
         graph = self._cuda.call(api.cudaStreamEndCapture, self._cuda.stream)
-        executable = self._cuda.call(api.cudaGraphInstantiate, graph, 0)
-        self._cuda.call(api.cudaGraphDestroy, graph)
-        return executable
+        try:
+            return self._cuda.call(api.cudaGraphInstantiate, graph, 0)
+        finally:
+            self._cuda.release(api.cudaGraphDestroy, graph)
 
-    def _check_interface(self, signature: GraphSignature, cache_spec: CacheSpec) -> None:
-        """The engine's tensors, and which of them share memory, must be what the manifest says."""
-        engine = self._engine
-        held = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
-        expected = {spec.name for spec in (*signature.inputs, *signature.outputs)}
-        if held != expected:
-            raise ArtifactError(f"the engine's tensors differ from the manifest's: {sorted(held ^ expected)}")
-        for present, past in signature.aliases.items():
-            if (aliased := engine.get_aliased_input_tensor(present)) != past:
-                raise ArtifactError(f"the engine does not update {past} in place ({present} aliases {aliased!r})")
-
-    def _cache_names(self) -> list[tuple[str, str]]:
-        return list(zip(self.cache_spec.past_names(), self.cache_spec.present_names(), strict=True))
-
-    def _tensor_bytes(self) -> int:
-        elements = int(np.prod(self.cache_spec.array_shape(self._batch_size)))
-        return elements * DTYPE_BYTES[self.cache_spec.dtype]
+    def _drop_graph(self) -> None:
+        if self._graph is not None:
+            self._cuda.release(self._cuda.api.cudaGraphExecDestroy, self._graph[1])
+            self._graph = None
 
     def _require_open(self) -> None:
-        if self._engine is None:
+        if not self._open:
             raise FeedError("this runner is closed")
 
 
 class TensorRTRTXRunner(TensorRTRunner):
-    """The same for TensorRT-RTX engines."""
+    """The same for TensorRT-RTX engines.
+
+    That library compiles kernels for the shapes it meets and exchanges them while it runs, which a graph captured from
+    outside would not notice; so it captures its own.
+    """
 
     target = "tensorrt-rtx"
+
+    def _make_context(self, trt: Any) -> Any:
+        config = self._engine.create_runtime_config()
+        if self._use_graphs:
+            config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        return self._engine.create_execution_context(config)
+
+    def _replay(self, bound: BoundContext) -> None:
+        self._enqueue(bound)
 
 
 TENSORRT_RUNNERS: dict[str, type[TensorRTRunner]] = {
     runner.target: runner for runner in (TensorRTRunner, TensorRTRTXRunner)
+}
+
+
+def _check_interface(engine: Any, signature: GraphSignature) -> None:
+    """The engine's profiles and tensors, and which of them share memory, must be what the manifest says."""
+    if engine.num_optimization_profiles != len((PREFILL, DECODE)):
+        raise ArtifactError(f"the engine has {engine.num_optimization_profiles} profiles, expected prefill and decode")
+    specs = {spec.name: spec for spec in (*signature.inputs, *signature.outputs)}
+    held = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
+    if held != specs.keys():
+        raise ArtifactError(f"the engine's tensors differ from the manifest's: {sorted(held ^ specs.keys())}")
+    for name, spec in specs.items():
+        dtype = _DTYPES.get(engine.get_tensor_dtype(name).name)
+        shape = tuple(engine.get_tensor_shape(name))
+        expected = tuple(-1 if isinstance(dim, str) else dim for dim in spec.shape)
+        if dtype != spec.dtype or shape != expected:
+            raise ArtifactError(
+                f"the engine's {name} is {dtype} {list(shape)}, but the manifest says {spec.dtype} {list(expected)}"
+            )
+    for present, past in signature.aliases.items():
+        if (aliased := engine.get_aliased_input_tensor(present)) != past:
+            raise ArtifactError(f"the engine does not update {past} in place ({present} aliases {aliased!r})")
+
+
+# TensorRT's names of what the signature calls otherwise
+_DTYPES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "INT64": "int64",
+    "INT32": "int32",
+    "BOOL": "bool",
 }
 
 

@@ -66,6 +66,7 @@ def build_engine(
     _parse(parser, logger, onnx_path)
     _allow_decomposition(trt, network)
     config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by default; a 10-bit mantissa is not what fp32 promises
     for profile in _profiles(builder, network, signature):
         if config.add_optimization_profile(profile) < 0:
             raise ExportError(f"{target} refuses the shapes of this graph: {_last_errors(logger)}")

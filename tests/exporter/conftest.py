@@ -3,7 +3,7 @@
 import dataclasses
 import importlib.util
 import json
-import os
+import re
 import shutil
 import signal
 import subprocess
@@ -31,8 +31,8 @@ class Ran:
         assert self.code == 2, (self.code, self.err)
         assert self.out == ""
         assert "Traceback" not in self.err
-        assert self.err.lower().count("error:") == 1, self.err
-        message = self.err[self.err.lower().index("error:") :]
+        (start,) = [match.start() for match in re.finditer(r"^error:", self.err, re.IGNORECASE | re.MULTILINE)]
+        message = self.err[start:]
         for word in words:
             assert word in message, (word, message)
         return message
@@ -66,7 +66,7 @@ def x_copy(x_tiny: Path, tmp_path: Path) -> Callable[..., Path]:
         folder = tmp_path / name
         folder.mkdir()
         for file in x_tiny.iterdir():
-            if file.suffix in (".json", ".safetensors"):
+            if is_shipped(file.name):
                 shutil.copy(file, folder)
         config = json.loads((folder / "config.json").read_text()) | changes
         (folder / "config.json").write_text(json.dumps(config))
@@ -78,18 +78,41 @@ def x_copy(x_tiny: Path, tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture
 def x_one_layer(x_copy: Callable[..., Path]) -> Callable[..., Path]:
     """Copies the shipped checkpoint without all layers but the first: it exports faster."""
-    from safetensors.torch import load_file, save_file
 
     def copy(name: str = "one-layer", **changes: Any) -> Path:
         folder = x_copy(name, num_hidden_layers=1, **changes)
-        tensors = load_file(folder / "model.safetensors")
-        keep = {
-            key: value for key, value in tensors.items() if not key.startswith(("model.layers.1.", "model.layers.2."))
-        }
-        save_file(keep, folder / "model.safetensors")
+        drop_layers(folder)
         return folder
 
     return copy
+
+
+@pytest.fixture(scope="session")
+def x_one_layer_export(tmp_path_factory: pytest.TempPathFactory, x_tiny: Path) -> Path:
+    """The artifact of x_one_layer() in its own precision, fp32, not verified. Do not change it."""
+    from exporter.pipeline import ExportRequest, export
+
+    folder = tmp_path_factory.mktemp("one-layer")
+    shutil.copytree(x_tiny, folder / "checkpoint", ignore=lambda _, names: {n for n in names if not is_shipped(n)})
+    config = json.loads((x_tiny / "config.json").read_text()) | {"num_hidden_layers": 1}
+    (folder / "checkpoint" / "config.json").write_text(json.dumps(config))
+    drop_layers(folder / "checkpoint")
+    export(ExportRequest(checkpoint=folder / "checkpoint", out=folder / "artifact", verify=False))
+    return folder / "artifact"
+
+
+def is_shipped(name: str) -> bool:
+    """True for the files of examples/tiny_llama that belong to the checkpoint."""
+    return name.endswith((".json", ".safetensors"))
+
+
+def drop_layers(folder: Path) -> None:
+    """Keep the first layer only."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    dropped = ("model.layers.1.", "model.layers.2.")
+    save_file({k: v for k, v in tensors.items() if not k.startswith(dropped)}, folder / "model.safetensors")
 
 
 @pytest.fixture
@@ -149,14 +172,8 @@ def x_export(
 
 @pytest.fixture
 def x_artifact(x_export: Export, tmp_path: Path) -> Path:
-    """A copy of that artifact, to damage or to replace; without its engine, which is large."""
-    folder = tmp_path / "artifact"
-    shutil.copytree(x_export.folder, folder, ignore=shutil.ignore_patterns("*.engine"))
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["engines"] = {}
-    manifest["files"] = {name: entry for name, entry in manifest["files"].items() if not name.endswith(".engine")}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return folder
+    """A copy of that artifact, to damage or to replace."""
+    return Path(shutil.copytree(x_export.folder, tmp_path / "artifact"))
 
 
 @pytest.fixture(scope="session")
@@ -174,7 +191,7 @@ def x_snapshot() -> Callable[[Path], dict[str, bytes | None]]:
         for path in sorted(folder.rglob("*")):
             name = str(path.relative_to(folder))
             if path.is_symlink():
-                found[name] = os.readlink(path).encode()
+                found[name] = str(path.readlink()).encode()
             else:
                 found[name] = path.read_bytes() if path.is_file() else None
         return found

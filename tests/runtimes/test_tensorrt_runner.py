@@ -1,0 +1,713 @@
+"""The TensorRT runner: on a simulated GPU and library everywhere, on real ones where there is a GPU.
+
+The simulation (simulated_cuda.py) computes with ONNX Runtime, so what is proven without a GPU is the runner's own
+part: shapes, profiles, addresses, order, lifetimes, CUDA graphs, errors.
+"""
+
+import dataclasses
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import simulated_cuda as sim
+
+from exporter.verify import verify
+from graphs.checkpoint import open_checkpoint
+from runtimes import tensorrt_runner
+from runtimes.artifact import Artifact, EngineEntry, open_artifact
+from runtimes.decoding import Decoding
+from runtimes.errors import ArtifactError, FeedError, RuntimeMissingError
+from runtimes.generation import generate
+from runtimes.onnxruntime_runner import OnnxRuntimeRunner
+from runtimes.parity import ParityReport
+from runtimes.runner import Runner, open_runner
+from runtimes.tensorrt_api import FLAVORS, get_logger, import_tensorrt
+from runtimes.tensorrt_runner import TENSORRT_RUNNERS, TensorRTRunner
+
+TARGETS = list(FLAVORS)
+PROMPTS = [[1, 21, 26, 14, 24, 27, 32], [1, 5], [1, 85, 72, 89, 72, 85, 86, 72, 3, 83]]
+ATOL = 1e-4  # logits are around 10; the same graph and kernels, over more masked slots
+
+
+@dataclasses.dataclass
+class Simulation:
+    """A simulated GPU, the two libraries on it, and an artifact with an engine for each."""
+
+    device: sim.Device
+    libraries: dict[str, sim.Library]
+    artifact: Artifact
+
+    def engine_file(self, target: str = "tensorrt") -> Path:
+        return self.artifact.path(self.artifact.manifest.engines[target].file)
+
+    def count(self, kind: str) -> int:
+        """How often work of that kind ran."""
+        return sum(kind in line for line in self.device.log)
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> sim.Device:
+    """A simulated GPU behind cuda.bindings."""
+    device = sim.Device()
+    bindings = ModuleType("cuda.bindings")
+    bindings.runtime = device.module()
+    monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
+    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", bindings.runtime)
+    monkeypatch.setattr(tensorrt_runner, "cuda_device_count", lambda: 1)
+    return device
+
+
+@pytest.fixture
+def simulation(
+    device: sim.Device, tiny_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Simulation:
+    """The device with both libraries and an artifact for them."""
+    libraries = {target: sim.Library(device, rtx=target == "tensorrt-rtx") for target in TARGETS}
+    graph = tiny_artifact.manifest.graphs["decoder"]
+    engines = {}
+    for target, library in libraries.items():
+        monkeypatch.setitem(sys.modules, FLAVORS[target].module, library.module())
+        file = f"decoder.{target}.engine"
+        engines[target] = EngineEntry(
+            file=file, graph="decoder", target=target, library_version="0.0.simulated", gpu_archs=()
+        )
+        sim.write_engine(tmp_path / file, tiny_artifact.path(graph.file), graph.signature)
+    # The real loggers stay as they are: a library listens only to the first that it was given in a process.
+    monkeypatch.setattr(tensorrt_runner, "get_logger", functools.cache(get_logger.__wrapped__))
+    manifest = dataclasses.replace(tiny_artifact.manifest, engines=engines)
+    return Simulation(device=device, libraries=libraries, artifact=Artifact(folder=tmp_path, manifest=manifest))
+
+
+@pytest.fixture
+def runner(simulation: Simulation) -> Iterator[Runner]:
+    """On the simulated TensorRT; whatever the test does, nothing may be left on the device."""
+    with open_runner(simulation.artifact, "tensorrt") as opened:
+        yield opened
+    # A failed test's traceback keeps Python objects alive, but no memory, stream or graph.
+    assert not simulation.device.alive().keys() - {"TensorRT objects"}
+
+
+@pytest.fixture(scope="module")
+def reference(tiny_artifact: Artifact) -> Iterator[Runner]:
+    with open_runner(tiny_artifact, device="cpu") as opened:
+        yield opened
+
+
+def _steps(runner: Runner, prompts: list[list[int]], steps: int, seed: int = 0) -> np.ndarray:
+    """Logits [B, 1 + steps, V] after the prompts and after each of some random tokens."""
+    forced = np.random.default_rng(seed).integers(3, 98, (len(prompts), steps))
+    decoding = Decoding(runner)
+    logits = [decoding.prefill(prompts)]
+    logits += [decoding.decode(tokens) for tokens in forced.T]
+    return np.stack(logits, axis=1)
+
+
+def _assert_equal(runner: Runner, reference: Runner, prompts: list[list[int]], steps: int, seed: int = 0) -> None:
+    expected = _steps(reference, prompts, steps, seed)
+    np.testing.assert_allclose(_steps(runner, prompts, steps, seed), expected, atol=ATOL)
+
+
+def _feeds(**changes: np.ndarray) -> dict[str, np.ndarray]:
+    feeds = {
+        "input_ids": np.array([[1, 5, 9]]),
+        "position_ids": np.array([[0, 1, 2]]),
+        "write_indices": np.array([0]),
+        "attention_mask": np.ones((1, 3), np.int64),
+        "logit_indices": np.array([[2]]),
+    }
+    return feeds | changes
+
+
+def _repeat_rows(feeds: dict[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:
+    return {name: np.repeat(array, rows, axis=0) for name, array in feeds.items()}
+
+
+# --- what it computes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+@pytest.mark.parametrize("target", TARGETS)
+def test_equals_onnxruntime_on_a_ragged_batch(
+    simulation: Simulation, reference: Runner, target: str, cuda_graphs: bool
+) -> None:
+    """Same feeds, same logits, through prefill and decode, with and without CUDA graphs, for both libraries."""
+    with open_runner(simulation.artifact, target, cuda_graphs=cuda_graphs) as runner:
+        assert runner.description.startswith(f"{target} 0.0.simulated")
+        _assert_equal(runner, reference, PROMPTS, 12)
+    assert simulation.device.alive() == {}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_parity_with_eager_pytorch(simulation: Simulation, tiny_llama: Path, target: str) -> None:
+    """The gate that an export runs: poisoned cache, far end of the cache, greedy tokens."""
+    report = _parity(target, simulation.artifact, tiny_llama)
+    assert report.passed, [rung for rung in report.rungs if not rung.passed]
+    assert simulation.device.alive() == {}
+
+
+def _parity(target: str, artifact: Artifact, checkpoint: Path) -> ParityReport:
+    manifest = artifact.manifest
+    return verify(
+        lambda: TENSORRT_RUNNERS[target].open(artifact),
+        open_checkpoint(checkpoint),
+        layout=manifest.layout,
+        signature=manifest.graphs["decoder"].signature,
+        cache=manifest.cache,
+    )
+
+
+def test_generates_the_tokens_of_onnxruntime(runner: Runner, reference: Runner) -> None:
+    """Greedy ids of a ragged batch, until the longest row has filled the cache."""
+    assert generate(runner, PROMPTS).token_ids == generate(reference, PROMPTS).token_ids
+
+
+@pytest.mark.parametrize("bucket", [16, 48, 1000])
+def test_the_mask_crosses_buckets_and_ends_at_the_last_slot(
+    runner: Runner, reference: Runner, bucket: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mask is padded to a bucket's edge, or to max_len where that comes first (128 is no multiple of 48)."""
+    monkeypatch.setattr(tensorrt_runner, "MASK_BUCKET", bucket)
+    _assert_equal(runner, reference, [[1, 30, 40], [1]], runner.cache_spec.max_len - 3)
+
+
+def test_a_prompt_as_long_as_the_cache(runner: Runner, reference: Runner) -> None:
+    """The largest shapes that the prefill profile takes."""
+    _assert_equal(runner, reference, [[1] * runner.cache_spec.max_len] * 8, 0)
+
+
+def test_a_prompt_of_one_token(simulation: Simulation, runner: Runner, reference: Runner) -> None:
+    """It has a decode step's shapes, and the decode profile takes it from the first call on."""
+    _assert_equal(runner, reference, [[7], [9]], 5)
+    assert not simulation.count("profile 0")
+
+
+def test_logits_of_several_positions(runner: Runner, reference: Runner) -> None:
+    """logit_indices picks any number, in any order; then fewer; and two of a single token, which no decode step has."""
+    single = {"position_ids": np.array([[3]]), "write_indices": np.array([3]), "input_ids": np.array([[8]])}
+    single |= {"attention_mask": np.ones((1, 4), np.int64), "logit_indices": np.array([[0, 0]])}
+    calls = [
+        _feeds(logit_indices=np.array([[2, 0, 1, 1]])),
+        _feeds(logit_indices=np.array([[1]])),
+        single,
+        single | {"logit_indices": np.array([[0]])},
+    ]
+    for each in (runner, reference):
+        each.reset(1)
+    for feeds in calls:
+        np.testing.assert_allclose(runner.step(feeds), reference.step(feeds), atol=ATOL)
+
+
+def test_a_cache_in_several_prefills(runner: Runner, reference: Runner) -> None:
+    """A second prompt written behind the first sees it."""
+    second = _feeds(
+        input_ids=np.array([[20, 30]]),
+        position_ids=np.array([[3, 4]]),
+        write_indices=np.array([3]),
+        attention_mask=np.ones((1, 5), np.int64),
+        logit_indices=np.array([[1]]),
+    )
+    for each in (runner, reference):
+        each.reset(1)
+        each.step(_feeds())
+    np.testing.assert_allclose(runner.step(second), reference.step(second), atol=ATOL)
+
+
+def test_results_are_the_callers_own(runner: Runner) -> None:
+    """Logits and cache that were handed out do not change when the next step runs."""
+    decoding = Decoding(runner)
+    first = decoding.prefill([[1, 5, 9]])
+    cache = runner.read_cache(0)
+    kept = first.copy(), cache.copy()
+    decoding.decode(np.array([3]))
+    np.testing.assert_array_equal(first, kept[0])
+    np.testing.assert_array_equal(cache, kept[1])
+
+
+def test_strided_inputs(runner: Runner, reference: Runner) -> None:
+    """Views are copied, and the copies live until the device has them: pageable memory may be read late."""
+    feeds = _repeat_rows(_feeds(), 2)
+    views = {name: np.repeat(array, 2, axis=-1)[..., ::2] for name, array in feeds.items()}
+    assert not any(view.flags.c_contiguous for view in views.values())
+    for each in (runner, reference):
+        each.reset(2)
+    np.testing.assert_allclose(runner.step(views), reference.step(feeds), atol=ATOL)
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+def test_the_cache_holds_what_was_written_and_nothing_else(runner: Runner) -> None:
+    """Slots are written from 0 on, row by row; the others keep what they held."""
+    decoding = Decoding(runner)
+    decoding.prefill([[1, 5, 9], [1, 7, 8]])
+    runner.fill_cache(7.0)
+    decoding.decode(np.array([3, 4]))
+    for index in range(len(runner.cache_spec.past_names())):
+        tensor = runner.read_cache(index)
+        assert tensor.shape == runner.cache_spec.array_shape(2)
+        assert (tensor[:, :, 3] != 7.0).all()
+        assert (np.delete(tensor, 3, axis=2) == 7.0).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_the_cache_is_read_and_filled_in_its_own_dtype(simulation: Simulation, dtype: str) -> None:
+    """And is zero after a reset, whatever it held before."""
+    graph = simulation.artifact.manifest.graphs["decoder"].signature
+    cache = dataclasses.replace(simulation.artifact.manifest.cache, dtype=dtype)
+    specs = {
+        side: tuple(dataclasses.replace(s, dtype=dtype) if ".key" in s.name or ".value" in s.name else s for s in specs)
+        for side, specs in (("inputs", graph.inputs), ("outputs", graph.outputs))
+    }
+    signature = dataclasses.replace(graph, **specs)
+    file = simulation.engine_file()
+    sim.write_engine(file, Path("unused"), signature)
+    with TensorRTRunner(file, signature, cache) as runner:
+        for batch in (1, 3, 2):
+            runner.reset(batch)
+            assert not runner.read_cache(0).any()
+            runner.fill_cache(64.0)
+            for index in range(len(cache.past_names())):
+                array = runner.read_cache(index)
+                assert array.dtype == np.float32
+                assert array.shape == cache.array_shape(batch)
+                assert (array == 64.0).all()
+    assert simulation.device.alive() == {}
+
+
+def test_reset_to_larger_and_smaller_batches(simulation: Simulation, runner: Runner, reference: Runner) -> None:
+    """Buffers grow, and no graph that refers to the old ones or to another batch is replayed."""
+    for seed, rows in enumerate((1, 3, 2, 3, 8, 1, 8)):
+        prompts = [PROMPTS[row % 3][: 2 + row] for row in range(rows)]
+        _assert_equal(runner, reference, prompts, 4, seed)
+    assert simulation.count("graph engine")
+
+
+def test_longer_prompts_between_decode_steps(runner: Runner, reference: Runner) -> None:
+    """Inputs outgrow their buffers while graphs of the same batch and bucket exist."""
+    for seed, length in enumerate((3, 10, 3, 40, 5, 100)):
+        _assert_equal(runner, reference, [list(range(3, 3 + length % 90 + 1))], 4, seed)
+
+
+# --- CUDA graphs ------------------------------------------------------------------------------------------------------
+
+
+def test_decode_steps_are_replayed(simulation: Simulation, runner: Runner, reference: Runner) -> None:
+    """At most two steps of a bucket run without its graph; each step runs once."""
+    steps = 40
+    _assert_equal(runner, reference, PROMPTS, steps)
+    replayed = simulation.count("graph engine, profile 1")
+    assert replayed >= steps - 2
+    assert simulation.count("engine, profile 1") == steps  # a capture does not run what it captures
+    assert simulation.count("engine, profile 0") == 1
+
+
+def test_without_cuda_graphs_nothing_is_replayed(simulation: Simulation) -> None:
+    """cuda_graphs=False is the way out where a driver or library has trouble with them."""
+    with open_runner(simulation.artifact, "tensorrt", cuda_graphs=False) as runner:
+        _steps(runner, PROMPTS, 5)
+    assert not simulation.count("graph engine")
+    assert simulation.count("engine, profile 1") == 5
+
+
+def test_a_graph_is_void_once_its_context_was_changed(
+    simulation: Simulation, runner: Runner, reference: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT's guide: best one context per captured graph; a context that was given other shapes is captured anew."""
+    monkeypatch.setattr(tensorrt_runner, "MASK_BUCKET", 16)
+    simulation.libraries["tensorrt"].one_graph_per_context = True
+    for seed, rows in enumerate((1, 1, 2, 1)):  # each crosses the edges at 16 and 32
+        _assert_equal(runner, reference, PROMPTS[:rows], 30, seed)
+    for seed in range(2):
+        _assert_equal(runner, reference, PROMPTS[:1], 4, seed)
+        runner.reset(2)  # and back: the context of the graph has had another batch, even without a step
+    assert simulation.count("graph engine")
+
+
+def test_graphs_of_freed_buffers_are_destroyed(simulation: Simulation, runner: Runner) -> None:
+    """They can never run again, so they must not pile up while prompts and batches grow."""
+    for rows in range(1, 9):
+        _steps(runner, [[1] * (10 * rows)] * rows, 3)
+    assert simulation.device.executable_graphs() <= 2
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_where_nothing_can_be_captured_steps_run_without_graphs(
+    simulation: Simulation, reference: Runner, target: str
+) -> None:
+    """A failed capture leaves a context that still works; the stream must be usable again."""
+    simulation.libraries[target].capturable = False
+    with open_runner(simulation.artifact, target) as runner:
+        _assert_equal(runner, reference, PROMPTS, 6)
+    assert simulation.device.alive() == {}
+
+
+# --- closing ----------------------------------------------------------------------------------------------------------
+
+
+def test_close_frees_everything_and_may_be_repeated(simulation: Simulation) -> None:
+    """Memory, graphs, stream, contexts, engine and runtime."""
+    runner = open_runner(simulation.artifact, "tensorrt")
+    _steps(runner, PROMPTS, 5)
+    assert {"allocations", "streams", "TensorRT objects"} <= simulation.device.alive().keys()
+    runner.close()
+    assert simulation.device.alive() == {}
+    runner.close()
+    assert simulation.device.alive() == {}
+
+
+def test_an_unused_runner_and_one_that_fails_inside_a_with_block_are_freed(simulation: Simulation) -> None:
+    """Nothing depends on a reset, and the block's own error comes through."""
+
+    def fail() -> None:
+        with _opened(simulation) as runner:
+            runner.reset(2)
+            raise KeyError("mine")
+
+    with _opened(simulation):
+        pass
+    with pytest.raises(KeyError, match="mine"):
+        fail()
+    assert simulation.device.alive() == {}
+
+
+def _opened(simulation: Simulation) -> Runner:
+    return open_runner(simulation.artifact, "tensorrt")
+
+
+def test_two_runners_do_not_share_anything(simulation: Simulation, reference: Runner) -> None:
+    """One may be closed while the other works."""
+    first, second = (open_runner(simulation.artifact, "tensorrt") for _ in range(2))
+    _steps(first, PROMPTS, 3)
+    _assert_equal(second, reference, PROMPTS, 3)
+    first.close()
+    _assert_equal(second, reference, PROMPTS, 3, seed=1)
+    second.close()
+    assert simulation.device.alive() == {}
+
+
+# --- what it refuses --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("feeds", "message"),
+    [
+        (_feeds(input_ids=np.array([[1, 5, 9]], np.int32)), "input_ids must be int64, got int32"),
+        (
+            _feeds(input_ids=np.array([1, 5, 9])),
+            r"input_ids must have shape \[batch_size, sequence_length\], got \[3\]",
+        ),
+        (_feeds(position_ids=np.array([[0, 1]])), "position_ids: sequence_length is 2, but another input has 3"),
+        (_feeds(tokens=np.array([1])), "unknown input 'tokens'"),
+        ({k: v for k, v in _feeds().items() if k != "write_indices"}, "missing inputs: write_indices"),
+        (_feeds(write_indices=np.array([126])), "written to slots 126 to 128, but the cache holds 128"),
+        (_feeds(attention_mask=np.ones((1, 129), np.int64)), "total_sequence_length is 129, .* takes 1 to 128"),
+        (_repeat_rows(_feeds(), 2), "batch_size is 2, but reset made a cache for 1"),
+    ],
+)
+def test_wrong_feeds_are_refused(
+    simulation: Simulation, runner: Runner, feeds: dict[str, np.ndarray], message: str
+) -> None:
+    """Before anything reaches the device, with what was expected and what was found."""
+    runner.reset(1)
+    log = list(simulation.device.log)
+    with pytest.raises(FeedError, match=message):
+        runner.step(feeds)
+    assert simulation.device.log == log
+    runner.step(_feeds())  # and the runner still works
+
+
+def test_use_before_reset_and_after_close_is_refused(simulation: Simulation) -> None:
+    """Every method, instead of a crash inside the library."""
+    runner = open_runner(simulation.artifact, "tensorrt")
+    with pytest.raises(FeedError, match=r"reset\(batch_size\) must be called"):
+        runner.step(_feeds())
+    for rows in (0, 9):
+        with pytest.raises(FeedError, match=f"batch_size {rows}: this artifact takes 1 to 8 rows"):
+            runner.reset(rows)
+    runner.reset(1)
+    runner.close()
+    uses: list[Callable[[], Any]] = [
+        lambda: runner.reset(1),
+        lambda: runner.step(_feeds()),
+        lambda: runner.read_cache(0),
+        lambda: runner.fill_cache(0.0),
+    ]
+    for use in uses:
+        with pytest.raises(FeedError, match="this runner is closed"):
+            use()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_an_engine_that_cannot_be_loaded(simulation: Simulation, target: str) -> None:
+    """The message gives the library's own reason, and what to do."""
+    simulation.engine_file(target).write_bytes(b"of another version")
+    expected = (
+        rf"decoder\.{target}\.engine cannot be loaded by {target} 0\.0\.simulated: .*another GPU or library version,"
+        r" or is damaged \(.*header\.magicTag.*\): export again"
+    )
+    with pytest.raises(ArtifactError, match=expected):
+        open_runner(simulation.artifact, target)
+
+
+def test_the_real_library_says_why_it_does_not_load_an_engine(
+    device: sim.Device, tiny_artifact: Artifact, tmp_path: Path
+) -> None:
+    """Its logger is heard: TensorRT-RTX can be asked without a GPU."""
+    pytest.importorskip("tensorrt_rtx")
+    graph = tiny_artifact.manifest.graphs["decoder"]
+    (tmp_path / "decoder.engine").write_bytes(b"garbage" * 100)
+    with pytest.raises(ArtifactError, match=r"decoder\.engine cannot be loaded by tensorrt-rtx \d.*\(.*Serialization"):
+        TENSORRT_RUNNERS["tensorrt-rtx"](tmp_path / "decoder.engine", graph.signature, tiny_artifact.manifest.cache)
+
+
+def _rewrite_engine(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    data = json.loads(path.read_bytes().removeprefix(sim.MAGIC))
+    change(data)
+    path.write_bytes(sim.MAGIC + json.dumps(data).encode())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda engine: engine["signature"]["inputs"][1].update(name="positions"),
+            r"tensors differ from the manifest's: \['position_ids', 'positions'\]",
+        ),
+        (
+            lambda engine: engine["signature"]["aliases"].pop("present.1.key"),
+            r"does not update past_key_values\.1\.key in place \(present\.1\.key aliases None\)",
+        ),
+        (
+            lambda engine: engine["signature"]["aliases"].update({"present.0.key": "past_key_values.0.value"}),
+            r"does not update past_key_values\.0\.key in place \(present\.0\.key aliases 'past_key_values\.0\.value'\)",
+        ),
+        (lambda engine: engine["signature"]["inputs"][5].update(dtype="float16"), r"past_key_values\.0\.key"),
+        (lambda engine: engine["signature"]["outputs"][0].update(dtype="float16"), "logits"),
+        (lambda engine: engine["signature"]["inputs"][5]["shape"].__setitem__(2, 64), r"past_key_values\.0\.key"),
+        (lambda engine: engine.update(profiles=1), "profile"),
+    ],
+    ids=["names", "no alias", "other alias", "cache dtype", "logits dtype", "cache shape", "profiles"],
+)
+def test_an_engine_that_is_not_what_the_manifest_says(
+    simulation: Simulation, change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    """Refused when it is opened: run, it would write past its buffers or into the wrong ones."""
+    _rewrite_engine(simulation.engine_file(), change)
+    with pytest.raises(ArtifactError, match=message):
+        open_runner(simulation.artifact, "tensorrt")
+
+
+@pytest.mark.parametrize("what", ["engine", "interface", "profile", "context"])
+def test_a_failed_opening_leaves_nothing_on_the_device(simulation: Simulation, what: str) -> None:
+    """Wherever it fails."""
+    if what == "engine":
+        simulation.engine_file().write_bytes(b"damaged")
+    elif what == "interface":
+        _rewrite_engine(simulation.engine_file(), lambda engine: engine["signature"]["aliases"].popitem())
+    elif what == "profile":
+        _rewrite_engine(simulation.engine_file(), lambda engine: engine.update(profiles=1))
+    else:
+        simulation.libraries["tensorrt"].contexts_left = 1
+    with pytest.raises((ArtifactError, RuntimeError)):
+        open_runner(simulation.artifact, "tensorrt")
+    assert simulation.device.alive() == {}
+
+
+def test_no_engine_for_this_library(tiny_artifact: Artifact) -> None:
+    """What the artifact holds, and how to get the engine."""
+    with pytest.raises(ArtifactError, match=r"holds no tensorrt engine \(engines: none\): export with --target tensor"):
+        open_runner(tiny_artifact, "tensorrt")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("module", [None, ModuleType("tensorrt")], ids=["absent", "placeholder"])
+def test_a_missing_library(
+    simulation: Simulation, target: str, module: ModuleType | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyPI's tensorrt may be installed and empty. The message says what to install."""
+    monkeypatch.setitem(sys.modules, FLAVORS[target].module, module)
+    expected = rf"target {target} needs the {FLAVORS[target].module} library, .*pip install 'export-llm\[{target}\]'"
+    with pytest.raises(RuntimeMissingError, match=expected):
+        open_runner(simulation.artifact, target)
+
+
+def test_no_gpu(simulation: Simulation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before the bindings are asked for."""
+    monkeypatch.setattr(tensorrt_runner, "cuda_device_count", lambda: 0)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    with pytest.raises(RuntimeMissingError, match="needs a CUDA GPU, and there is none here"):
+        open_runner(simulation.artifact, "tensorrt")
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda.bindings"])
+def test_no_cuda_bindings(simulation: Simulation, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message says what to install."""
+    for module in ("cuda.bindings.runtime", "cuda.bindings"):
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(RuntimeMissingError, match=r"CUDA's Python bindings .*: pip install cuda-bindings"):
+        open_runner(simulation.artifact, "tensorrt")
+
+
+def test_a_driver_that_is_too_old(simulation: Simulation) -> None:
+    """cuda-bindings 13 with a driver for CUDA 12: an export must go on without this runtime, so it is "missing"."""
+    simulation.device.failing["cudaSetDevice"] = sim.Error.cudaErrorInsufficientDriver
+    with pytest.raises(RuntimeMissingError, match="cudaErrorInsufficientDriver"):
+        open_runner(simulation.artifact, "tensorrt")
+
+
+def test_an_unknown_device(simulation: Simulation) -> None:
+    """The user's mistake."""
+    with pytest.raises(RuntimeMissingError, match=r"device.*7.*cudaErrorInvalidDevice"):
+        open_runner(simulation.artifact, "tensorrt", device_id=7)
+
+
+# --- what may go wrong on the device ----------------------------------------------------------------------------------
+
+
+def test_out_of_memory_in_reset(simulation: Simulation, runner: Runner, reference: Runner) -> None:
+    """The call and its error are named, the half-made cache cannot be used, and a smaller one still can."""
+    _steps(runner, PROMPTS[:2], 3)
+    simulation.device.memory_bytes = runner.cache_spec.nbytes(4)
+    with pytest.raises(RuntimeError, match=r"cudaMalloc.*cudaErrorMemoryAllocation"):
+        runner.reset(8)
+    for rows in (2, 8):
+        with pytest.raises(FeedError, match=r"reset\(batch_size\) must be called"):
+            runner.step(_repeat_rows(_feeds(), rows))
+    for rows in (1, 2, 3):
+        _assert_equal(runner, reference, PROMPTS[:rows], 3)
+
+
+def test_no_memory_for_a_context(simulation: Simulation) -> None:
+    """create_execution_context returns None then."""
+    simulation.libraries["tensorrt"].contexts_left = 1
+    with pytest.raises(RuntimeError, match="out of memory"):
+        open_runner(simulation.artifact, "tensorrt")
+
+
+def test_an_engine_that_does_not_run(simulation: Simulation, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library's log is in the message."""
+    monkeypatch.setattr(sim.Context, "_problem", lambda self: "no kernel image is available")
+    with open_runner(simulation.artifact, "tensorrt") as runner:
+        runner.reset(1)
+        with pytest.raises(RuntimeError, match=r"tensorrt could not run the engine.*no kernel image is available"):
+            runner.step(_feeds())
+    assert simulation.device.alive() == {}
+
+
+def test_a_fault_on_the_device_does_not_hide_in_close(simulation: Simulation) -> None:
+    """After a fault every CUDA call fails: closing must come to its end, without an error of its own."""
+
+    def fail() -> None:
+        with _opened(simulation) as runner:
+            runners.append(runner)
+            runner.reset(1)
+            simulation.device.fault = sim.Error.cudaErrorIllegalAddress
+            raise KeyError("mine")
+
+    runners: list[Runner] = []
+    with pytest.raises(KeyError, match="mine"):
+        fail()
+    runners[0].close()
+    assert "TensorRT objects" not in simulation.device.alive()
+
+
+# --- on a real GPU ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gpu_artifact(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """tiny_llama with an engine for this machine, from TensorRT where it is installed, else from TensorRT-RTX."""
+    from exporter.pipeline import ExportRequest, export
+
+    pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-bindings")
+    installed = [target for target in TARGETS if _installed(target)]
+    if not installed:
+        pytest.skip("needs the tensorrt or the tensorrt_rtx library")
+    out = tmp_path_factory.mktemp("gpu") / "artifact"
+    export(ExportRequest(checkpoint=tiny_llama, out=out, targets=(installed[0],), verify=False))
+    artifact = open_artifact(out)
+    try:
+        open_runner(artifact, installed[0]).close()
+    except ArtifactError as error:
+        pytest.skip(f"{installed[0]} does not run on this GPU: {error}")
+    return artifact
+
+
+def _installed(target: str) -> bool:
+    try:
+        import_tensorrt(target)
+    except RuntimeMissingError:
+        return False
+    return True
+
+
+def _on_gpu(artifact: Artifact, **options: Any) -> Runner:
+    (target,) = artifact.manifest.engines
+    return open_runner(artifact, target, **options)
+
+
+@pytest.mark.cuda
+def test_gpu_parity(gpu_artifact: Artifact, tiny_llama: Path) -> None:
+    """The real engine against eager PyTorch, by the gate that an export runs."""
+    (target,) = gpu_artifact.manifest.engines
+    report = _parity(target, gpu_artifact, tiny_llama)
+    assert report.passed, [rung for rung in report.rungs if not rung.passed]
+
+
+@pytest.mark.cuda
+def test_gpu_generates_the_tokens_of_onnxruntime(gpu_artifact: Artifact) -> None:
+    """Until the cache is full, across the edge of a mask bucket, with and without CUDA graphs."""
+    graph = gpu_artifact.manifest.graphs["decoder"]
+    with OnnxRuntimeRunner(
+        gpu_artifact.path(graph.file), graph.signature, gpu_artifact.manifest.cache, device="cpu"
+    ) as cpu:
+        expected = generate(cpu, PROMPTS).token_ids
+    for cuda_graphs in (True, False):
+        with _on_gpu(gpu_artifact, cuda_graphs=cuda_graphs) as runner:
+            assert generate(runner, PROMPTS).token_ids == expected
+
+
+@pytest.mark.cuda
+def test_gpu_graphs_change_nothing(gpu_artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal logits with and without CUDA graphs, while buckets, batches and prompt lengths change and come back."""
+    monkeypatch.setattr(tensorrt_runner, "MASK_BUCKET", 16)
+    batches = [PROMPTS[:1], PROMPTS, PROMPTS[:2], PROMPTS[:1], [[1] * 60] * 8, PROMPTS]
+    traces = []
+    for cuda_graphs in (True, False):
+        with _on_gpu(gpu_artifact, cuda_graphs=cuda_graphs) as runner:
+            traces.append([_steps(runner, prompts, 30, seed) for seed, prompts in enumerate(batches)])
+    for with_graphs, without in zip(*traces, strict=True):
+        np.testing.assert_allclose(with_graphs, without, atol=1e-3)
+
+
+@pytest.mark.cuda
+def test_gpu_cache_is_updated_in_place(gpu_artifact: Artifact) -> None:
+    """Slots that no token was written to keep what they held."""
+    with _on_gpu(gpu_artifact) as runner:
+        decoding = Decoding(runner)
+        decoding.prefill([[1, 5, 9], [1, 7, 8]])
+        runner.fill_cache(7.0)
+        decoding.decode(np.array([3, 4]))
+        for index in range(len(runner.cache_spec.past_names())):
+            tensor = runner.read_cache(index)
+            assert (tensor[:, :, 3] != 7.0).all()
+            assert (np.delete(tensor, 3, axis=2) == 7.0).all()
+
+
+@pytest.mark.cuda
+def test_gpu_refuses_a_damaged_engine(gpu_artifact: Artifact, tmp_path: Path) -> None:
+    """With the library's own reason, as in the simulation."""
+    (target,) = gpu_artifact.manifest.engines
+    entry = gpu_artifact.manifest.engines[target]
+    (tmp_path / entry.file).write_bytes(b"garbage" * 100)
+    damaged = Artifact(folder=tmp_path, manifest=gpu_artifact.manifest)
+    with pytest.raises(ArtifactError, match=rf"cannot be loaded by {target}.*\(.*[Ss]erialization.*\): export again"):
+        open_runner(damaged, target)

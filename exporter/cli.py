@@ -225,6 +225,10 @@ def main() -> None:
     except OSError as error:
         click.echo(f"error: {_os_error(error)}", err=True)
         sys.exit(EXIT_WRONG_INPUT)
+    except MemoryError as error:
+        detail = f" ({error})" if str(error) else ""
+        click.echo(f"error: out of memory{detail}: try a smaller --max-len, or --no-verify", err=True)
+        sys.exit(EXIT_WRONG_INPUT)
     except Exception as error:
         if _is_users(error):
             click.echo(f"error: {error}", err=True)
@@ -348,7 +352,7 @@ def _print_manifest(manifest: "Manifest", title: str) -> None:
     }
     facts |= {name: f"{entry.bytes:,} bytes" for name, entry in manifest.files.items()}
     for name, engine in manifest.engines.items():
-        archs = ", ".join(engine.gpu_archs) or "every architecture it supports"
+        archs = ", ".join(engine.gpu_archs) or "the library's default architectures"
         facts[f"{name} engine"] = f"version {engine.library_version}, for {archs}"
     verdict = "not run" if manifest.parity is None else "passed" if manifest.parity["passed"] else "FAILED"
     facts["parity"] = verdict

@@ -26,7 +26,7 @@ from graphs.checkpoint import Checkpoint, open_checkpoint
 from graphs.config import DecoderConfig
 from graphs.families import Family, find_family
 from graphs.loading import check_weights
-from runtimes.artifact import MANIFEST, EngineEntry, GraphEntry, Manifest, file_entry
+from runtimes.artifact import GRAPH_FILE, MANIFEST, PARITY_FILE, EngineEntry, GraphEntry, Manifest, file_entry
 from runtimes.errors import EngineLoadError, RuntimeMissingError
 from runtimes.onnxruntime_runner import OnnxRuntimeRunner
 from runtimes.parity import ParitySummary
@@ -36,8 +36,7 @@ from runtimes.tensorrt_runner import TENSORRT_RUNNERS
 
 DEFAULT_MAX_LEN = 4096  # capacity when none is asked for: a long context's cache would not fit most machines
 DEFAULT_MAX_BATCH = 8
-GRAPH_FILE = "decoder.onnx"
-PARITY_FILE = "parity.json"
+MAX_LEN_LIMIT = 2**31 - 1
 WEIGHT_MODES = ("copy", "reference")
 # Files of a checkpoint that clients of the artifact need, and that are taken over as they are.
 COPIED_FILES = (
@@ -162,8 +161,8 @@ def choose_max_len(asked: int | None, config: DecoderConfig) -> tuple[int, tuple
     trained = config.max_position_embeddings
     if asked is None:
         return min(trained, DEFAULT_MAX_LEN), ()
-    if asked < 1:
-        raise ExportError(f"--max-len must be at least 1, got {asked}")
+    if not 1 <= asked <= MAX_LEN_LIMIT:
+        raise ExportError(f"--max-len must be at least 1 and at most {MAX_LEN_LIMIT}, got {asked}")
     if asked > trained:
         return asked, (f"--max-len {asked} goes beyond the {trained} positions the model was trained for",)
     return asked, ()

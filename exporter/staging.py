@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from exporter.errors import ExportError
-from runtimes.artifact import MANIFEST
+from runtimes.artifact import GRAPH_FILE, MANIFEST, PARITY_FILE, is_artifact, made_by_export
 
 
 class Staging(Protocol):
@@ -53,7 +53,11 @@ def check_destination(out: Path, checkpoint: Path, *, reference: bool, force: bo
             raise ExportError(
                 f"--weights reference writes the graph beside the checkpoint's own files: pass -o {checkpoint}"
             )
-        if (out / MANIFEST).exists() and not force:
+        if not is_artifact(out):
+            foreign = [name for name in (GRAPH_FILE, PARITY_FILE, MANIFEST) if (out / name).exists()]
+            if foreign:
+                raise ExportError(f"{out} holds {', '.join(foreign)}, which no export made: move it away first")
+        elif not force:
             raise ExportError(f"{out} already holds an artifact: pass --force to replace it")
         return
     if same or checkpoint.resolve().is_relative_to(out.resolve()):
@@ -63,7 +67,7 @@ def check_destination(out: Path, checkpoint: Path, *, reference: bool, force: bo
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise ExportError(f"OUT ({out}) exists and is no folder: choose another name")
     if out.exists() and any(out.iterdir()):
-        if not (out / MANIFEST).exists():
+        if not is_artifact(out):
             raise ExportError(f"OUT ({out}) exists and is not an artifact, so it is left alone: choose another folder")
         if not force:
             raise ExportError(f"OUT ({out}) exists: pass --force to replace that artifact")
@@ -86,7 +90,12 @@ def stage(out: Path, *, in_place: bool) -> Iterator[Staging]:
         old = out.parent / _partial_name(out.name + ".old")
         if out.exists():
             out.rename(old)
-        folder.rename(out)
+        try:
+            folder.rename(out)
+        except BaseException:
+            if old.exists():
+                old.rename(out)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -95,14 +104,23 @@ def stage(out: Path, *, in_place: bool) -> Iterator[Staging]:
 @contextmanager
 def _stage_beside(folder: Path) -> Iterator[_Beside]:
     staging = _Beside(folder)
+    for path in folder.iterdir():
+        if (match := _PARTIAL_FILE.match(path.name)) and not _runs(int(match[1])):
+            path.unlink()
     try:
         yield staging
+        old = [name for name in made_by_export(folder) if name not in staging.names]
         (folder / MANIFEST).unlink(missing_ok=True)  # without a manifest there is no artifact, while files change
+        for name in old:
+            (folder / name).unlink(missing_ok=True)
         for name in sorted(staging.names, key=lambda name: name == MANIFEST):
             staging.path(name).rename(folder / name)
     finally:
         for name in staging.names:
             staging.path(name).unlink(missing_ok=True)
+
+
+_PARTIAL_FILE = re.compile(r"\.(?:decoder\..*|manifest\.json|parity\.json)\.partial-(\d+)$")
 
 
 def _partial_name(name: str) -> str:

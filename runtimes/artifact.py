@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from runtimes.errors import ArtifactError
-from runtimes.signature import CacheSpec, GraphSignature
+from runtimes.signature import DTYPE_BYTES, CacheSpec, GraphSignature
 
 MANIFEST = "manifest.json"
+GRAPH_FILE = "decoder.onnx"
+PARITY_FILE = "parity.json"
 SCHEMA_VERSION = 1
 _CHUNK_BYTES = 1 << 22
 
@@ -72,7 +74,7 @@ class Manifest:
                 raise ArtifactError(
                     f"{where} has schema version {version}, this program reads {SCHEMA_VERSION}: export again"
                 )
-            return cls(
+            manifest = cls(
                 **data
                 | {
                     "cache": CacheSpec(**data["cache"]),
@@ -87,10 +89,32 @@ class Manifest:
                     "files": {name: FileEntry(**entry) for name, entry in data["files"].items()},
                 }
             )
+            manifest._check()
         except ArtifactError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ArtifactError(f"{where} is damaged: {type(error).__name__}: {error}") from None
+        return manifest
+
+    def _check(self) -> None:
+        """ValueError when the parts contradict each other, or are not of the types that they are declared with."""
+        cache = self.cache
+        _require(cache.dtype in DTYPE_BYTES, f"unknown dtype {cache.dtype!r}")
+        sizes = (cache.layers, cache.kv_heads, cache.max_len, cache.head_dim, self.max_batch)
+        _require(all(type(size) is int and size > 0 for size in sizes), "sizes must be whole numbers above 0")
+        _require(isinstance(self.config, dict) and isinstance(self.tools, dict), "config and tools must be objects")
+        _require(self.parity is None or type(self.parity.get("passed")) is bool, "parity must say whether it passed")
+        _require("decoder" in self.graphs, "it lists no decoder graph")
+        files = [*(graph.file for graph in self.graphs.values()), *(engine.file for engine in self.engines.values())]
+        _require(all(file in self.files for file in files), "a graph or engine is not among the files")
+        _require(all(engine.graph in self.graphs for engine in self.engines.values()), "an engine is of no graph")
+        for graph in self.graphs.values():
+            graph.signature.check()
+        signature = self.graphs["decoder"].signature
+        specs = {spec.name: spec for spec in (*signature.inputs, *signature.outputs)}
+        for name in (*cache.past_names(), *cache.present_names()):
+            fits = specs[name].shape == cache.symbolic_shape() and specs[name].dtype == cache.dtype
+            _require(fits, f"{name} is not what the cache says")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,6 +160,29 @@ def open_artifact(folder: str | Path, *, check_hashes: bool = True) -> Artifact:
     if problems:
         raise ArtifactError(f"{folder} is damaged, export again: " + "; ".join(problems))
     return Artifact(folder=folder, manifest=manifest)
+
+
+def is_artifact(folder: Path) -> bool:
+    """True when an export made this folder: its manifest.json is one of ours, whole or not otherwise damaged."""
+    try:
+        data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(data, dict) and {"schema_version", "graphs", "files"} <= data.keys()
+
+
+def made_by_export(folder: Path) -> list[str]:
+    """Files of an artifact that hold no weights and were not copied: graphs, engines, the parity report."""
+    if not is_artifact(folder):
+        return []
+    files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    ours = [name for name in files if name.endswith((".onnx", ".engine")) or name == PARITY_FILE]
+    return [name for name in ours if Path(name).name == name]
+
+
+def _require(condition: bool, problem: str) -> None:
+    if not condition:
+        raise ValueError(problem)
 
 
 def sha256_of(path: Path) -> str:

@@ -106,12 +106,10 @@ class OnnxRuntimeRunner:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.parent))
             self.computes_in = "float32"
         providers: list[Any] = [provider]
-        if device == "cuda":  # TF32 is ONNX Runtime's default; a 10-bit mantissa is not what fp32 promises
-            providers = [(provider, {"device_id": device_id, "use_tf32": 0})]
         if device == "cuda":
-            if hasattr(ort, "preload_dlls"):
-                ort.preload_dlls()  # the CUDA libraries that pip installed
-            providers.append(PROVIDERS["cpu"])  # shape arithmetic runs there
+            ort.preload_dlls()  # the CUDA libraries that pip installed
+            # TF32 is the default there, and not what fp32 promises; shape arithmetic runs on the CPU
+            providers = [(provider, {"device_id": device_id, "use_tf32": 0}), PROVIDERS["cpu"]]
         self._session = ort.InferenceSession(source, options, providers=providers)
         if provider not in self._session.get_providers():
             raise RuntimeMissingError(

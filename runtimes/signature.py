@@ -110,6 +110,22 @@ class GraphSignature:
                     raise FeedError(f"{name}: {dim} is {size}, but another input has {sizes[dim]}")
         return sizes
 
+    def check(self) -> None:
+        """ValueError when a dimension has no range, a range is empty, or an alias names no tensor."""
+        specs = {spec.name for spec in (*self.inputs, *self.outputs)}
+        for spec in (*self.inputs, *self.outputs):
+            if spec.dtype not in DTYPE_BYTES:
+                raise ValueError(f"{spec.name} has the unknown dtype {spec.dtype!r}")
+            for dim in spec.shape:
+                if dim not in self.dims and not (type(dim) is int and dim > 0):
+                    raise ValueError(f"dimension {dim!r} of {spec.name} has no range")
+        for name, sizes in self.dims.items():
+            numbers = (sizes.min, sizes.opt, sizes.max)
+            if not all(type(number) is int for number in numbers) or not 0 < sizes.min <= sizes.opt <= sizes.max:
+                raise ValueError(f"the range of dimension {name} is not one: {numbers}")
+        if not specs.issuperset([*self.aliases.keys(), *self.aliases.values()]):
+            raise ValueError("an alias names no tensor")
+
     def to_json(self) -> dict[str, Any]:
         """As plain data, for manifest.json."""
         return dataclasses.asdict(self)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from runtimes.errors import ArtifactError, RuntimeMissingError
+from runtimes.errors import ArtifactError, FeedError, RuntimeMissingError
 
 
 class Tokenizer:
@@ -25,6 +25,10 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids, with the special tokens that the tokenizer's post-processor adds (usually BOS)."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise FeedError(f"the prompt is not text in UTF-8: {error}") from None
         ids: list[int] = self._tokenizer.encode(text).ids
         return ids
 

@@ -59,29 +59,34 @@ def build_engine(
     trt = import_tensorrt(target)
     logger = get_logger(target)
     logger.clear()
-    builder = trt.Builder(logger)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
-    progress.start("parse")
-    _parse(parser, logger, onnx_path)
-    _allow_decomposition(trt, network)
-    config = builder.create_builder_config()
-    config.clear_flag(trt.BuilderFlag.TF32)  # on by default; a 10-bit mantissa is not what fp32 promises
-    for profile in _profiles(builder, network, signature):
-        if config.add_optimization_profile(profile) < 0:
-            raise ExportError(f"{target} refuses the shapes of this graph: {_last_errors(logger)}")
-    for index, arch in enumerate(gpu_archs):
-        config.num_compute_capabilities = len(gpu_archs)
-        config.set_compute_capability(_compute_capability(trt, arch), index)
-    with _timing_cache(trt, config, target), _stop_on_signal() as stop, engine_path.open("wb") as file:
+    with _stop_on_signal() as stop, engine_path.open("wb") as file:
+        builder = trt.Builder(logger)
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = trt.OnnxParser(network, logger)
+        progress.start("parse")
+        _parse(parser, logger, onnx_path)
+        _allow_decomposition(trt, network)
+        config = builder.create_builder_config()
+        config.clear_flag(trt.BuilderFlag.TF32)  # on by default; a 10-bit mantissa is not what fp32 promises
+        for profile in _profiles(builder, network, signature):
+            if config.add_optimization_profile(profile) < 0:
+                raise ExportError(f"{target} refuses the shapes of this graph: {_last_errors(logger)}")
+        for index, arch in enumerate(gpu_archs):
+            config.num_compute_capabilities = len(gpu_archs)
+            config.set_compute_capability(_compute_capability(trt, arch), index)
         monitor = _make_monitor(trt, progress, stop)  # held here: the config keeps no reference
         config.progress_monitor = monitor
         writer = _make_writer(trt, file)
-        built = builder.build_serialized_network_to_stream(network, config, writer)
+        with _timing_cache(trt, config, target):
+            built = builder.build_serialized_network_to_stream(network, config, writer)
     if writer.error is not None:
         raise writer.error
     if not built:
         raise ExportError(f"{target} could not build an engine from {onnx_path.name}: {_last_errors(logger)}")
+    # The parser drops some optional inputs with no more than a warning: the engine would compute something else.
+    ignored = [message for message in logger.messages if "unused" in message.lower() and "input" in message.lower()]
+    if ignored:
+        raise ExportError(f"{target} would ignore inputs of {onnx_path.name}:\n  " + "\n  ".join(ignored))
     return EngineEntry(
         file=engine_path.name,
         graph="decoder",
@@ -95,14 +100,10 @@ def _parse(parser: Any, logger: Any, path: Path) -> None:
     parsed = parser.parse_from_file(str(path))
     errors = [parser.get_error(index) for index in range(parser.num_errors)]
     if errors or not parsed:
-        lines = [f"{error.node_name or '(graph)'} ({error.node_operator}): {error.desc}" for error in errors]
+        lines = [f"{error.node_name() or 'graph'} ({error.node_operator()}): {error.desc()}" for error in errors]
         raise ExportError(
             f"the TensorRT parser refuses {path.name}:\n  " + "\n  ".join(lines or [_last_errors(logger)])
         )
-    # The parser drops some optional inputs and attributes with no more than a warning: the engine would be wrong.
-    ignored = [message for message in logger.messages if "unused input" in message.lower()]
-    if ignored:
-        raise ExportError(f"the TensorRT parser would ignore inputs of {path.name}:\n  " + "\n  ".join(ignored))
 
 
 def _allow_decomposition(trt: Any, network: Any) -> None:
@@ -127,7 +128,13 @@ def _profiles(builder: Any, network: Any, signature: GraphSignature) -> list[Any
                 dims[dim] if isinstance(dim, str) else DimRange(min=dim, opt=dim, max=dim)
                 for dim in specs[tensor.name].shape
             ]
-            profile.set_shape(tensor.name, [r.min for r in ranges], [r.opt for r in ranges], [r.max for r in ranges])
+            try:
+                profile.set_shape(tensor.name, *([getattr(r, size) for r in ranges] for size in ("min", "opt", "max")))
+            except (RuntimeError, ValueError, TypeError) as error:
+                raise ExportError(
+                    f"shapes of {tensor.name} up to {[r.max for r in ranges]} are refused ({error}): choose a smaller"
+                    " --max-batch or --max-len"
+                ) from None
         profiles.append(profile)
     return profiles
 

@@ -489,6 +489,11 @@ def test_generate_beyond_the_cache(refuses: Callable[..., str], x_artifact: Path
     refuses([*command, "1+1=", "--max-new-tokens", "0"], "max_new_tokens must be at least 1, got 0")
 
 
+def test_prompt_that_is_no_text(refuses: Callable[..., str], x_artifact: Path) -> None:
+    """Bytes that are no UTF-8 reach Python as lone surrogates, which no tokenizer takes."""
+    refuses(["generate", x_artifact, "--prompt", os.fsdecode(b"caf\xe9")], "prompt")
+
+
 def test_unknown_runtime_or_device(refuses: Callable[..., str], x_artifact: Path) -> None:
     """The message lists what there is."""
     edit_manifest(x_artifact, lambda manifest: manifest.update(engines={}))
@@ -530,11 +535,11 @@ def test_verify_against_another_model(
 @pytest.mark.parametrize(
     ("number", "code", "stage", "delay_s"),
     [
-        (signal.SIGINT, 130, "lower to ONNX", 0.3),
+        (signal.SIGINT, 130, "lower to ONNX", 0.1),
         (signal.SIGINT, 130, "verify on onnxruntime: boundary operators", 0.0),
-        (signal.SIGINT, 130, "build", 0.2),
-        (signal.SIGTERM, 143, "capture", 0.3),
-        (signal.SIGTERM, 143, "build", 0.2),
+        (signal.SIGINT, 130, "build", 0.05),
+        (signal.SIGTERM, 143, "capture", 0.1),
+        (signal.SIGTERM, 143, "build", 0.05),
     ],
 )
 def test_a_signal_leaves_nothing(

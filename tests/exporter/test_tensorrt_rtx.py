@@ -18,6 +18,7 @@ from exporter.progress import Quiet
 from exporter.targets import TARGETS
 from exporter.targets.tensorrt import build_engine, check
 from runtimes.artifact import EngineEntry, open_artifact
+from runtimes.errors import EngineLoadError
 from runtimes.signature import DimRange, GraphSignature, TensorSpec
 from runtimes.tensorrt_api import get_logger
 
@@ -300,17 +301,38 @@ def test_a_signal_inside_the_library_is_not_lost(
     assert sent
 
 
-def test_a_failed_build_leaves_no_artifact(x_one_layer: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_failed_build_leaves_no_artifact(
+    x_one_layer: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """When the engine cannot be built, the whole export is undone."""
 
     def fail(*args: Any, **kwargs: Any) -> EngineEntry:
         raise ExportError("tensorrt-rtx could not build an engine")
 
-    original = TARGETS[TARGET]
-    TARGETS[TARGET] = dataclasses.replace(original, finish=fail)
-    try:
-        with pytest.raises(ExportError, match="could not build"):
-            export(ExportRequest(checkpoint=x_one_layer(), out=tmp_path / "out", targets=(TARGET,)))
-    finally:
-        TARGETS[TARGET] = original
+    monkeypatch.setitem(TARGETS, TARGET, dataclasses.replace(TARGETS[TARGET], finish=fail))
+    with pytest.raises(ExportError, match="could not build"):
+        export(ExportRequest(checkpoint=x_one_layer(), out=tmp_path / "out", targets=(TARGET,)))
     assert [path.name for path in tmp_path.iterdir()] == ["one-layer"]
+
+
+def test_an_engine_for_other_gpus_is_not_a_failed_export(
+    x_one_layer: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Built on a machine whose GPU cannot load it (an H100, or --gpu-arch 120 on an RTX 4090): that engine is recorded
+    as not verified, with the reason, and the artifact is published."""
+    from exporter import pipeline
+
+    def finish(onnx_path: Path, engine_path: Path, *args: Any, **kwargs: Any) -> EngineEntry:
+        engine_path.write_bytes(b"for another GPU")
+        return EngineEntry(file=engine_path.name, graph="decoder", target=TARGET, library_version="1", gpu_archs=())
+
+    def refuse(*args: Any) -> Any:
+        raise EngineLoadError("decoder.tensorrt-rtx.engine cannot be loaded: it was made for another GPU")
+
+    monkeypatch.setitem(TARGETS, TARGET, dataclasses.replace(TARGETS[TARGET], finish=finish))
+    monkeypatch.setitem(pipeline.TENSORRT_RUNNERS, TARGET, refuse)
+    result = export(ExportRequest(checkpoint=x_one_layer(), out=tmp_path / "out", targets=(TARGET,)))
+    assert result.parity is not None
+    assert result.parity.passed
+    assert "made for another GPU" in result.parity.not_run[TARGET]
+    assert open_artifact(tmp_path / "out").manifest.parity is not None

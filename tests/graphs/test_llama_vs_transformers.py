@@ -242,6 +242,37 @@ def test_left_padding_is_an_attention_mask(pair: Pair) -> None:
     assert_close(logits, expected[:, padding:])
 
 
+@pytest.mark.parametrize(
+    ("dtype", "logits_dtype"),
+    [(torch.float16, torch.float32), (torch.bfloat16, torch.float32), (torch.float64, torch.float64)],
+)
+@torch.no_grad()
+def test_step_gives_wide_logits_and_keeps_the_cache_dtype(
+    dtype: torch.dtype, logits_dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Logits are float32 at least, whatever the model computes in; the cache stays in the model's dtype."""
+    theirs = random_model(MODELS["llama3"])
+    theirs.save_pretrained(tmp_path)
+    ids = tokens(2, 12)
+    positions = torch.arange(12).expand(2, -1)
+    logits, present = (
+        load(tmp_path)
+        .to(dtype)
+        .step(
+            input_ids=ids,
+            position_ids=positions,
+            write_indices=torch.zeros(2, dtype=torch.int64),
+            attention_mask=torch.ones(2, 12, dtype=torch.int64),
+            logit_indices=positions,
+            past=[(k.to(dtype), v.to(dtype)) for k, v in poisoned_cache(theirs.config, 2)],
+        )
+    )
+    assert logits.dtype == logits_dtype
+    assert {tensor.dtype for layer in present for tensor in layer} == {dtype}
+    error = (logits - logits_of(theirs, ids)).abs().max()
+    assert error < (ATOL if dtype == torch.float64 else 0.2)
+
+
 # --- how the checkpoint is stored --------------------------------------------------------------------------------
 
 

@@ -26,6 +26,7 @@ EXIT_PARITY_FAILED = 1
 EXIT_WRONG_INPUT = 2
 EXIT_BUG = 70  # sysexits.h: EX_SOFTWARE
 EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, as of a program that does not catch it
 EXIT_TERMINATED = 143
 
 FOLDER = click.Path(path_type=Path)
@@ -213,15 +214,16 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         sys.exit(cli.main(standalone_mode=False) or 0)
+    except SystemExit:
+        if type(sys.stdout).__name__ == "PacifyFlushWrapper":  # click's answer to a closed pipe, with exit code 1
+            sys.exit(EXIT_BROKEN_PIPE)
+        raise
     except click.ClickException as error:
         error.show()
         sys.exit(EXIT_WRONG_INPUT)
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted: nothing was left behind", err=True)
+    except (KeyboardInterrupt, click.Abort) as error:
+        click.echo("interrupted" + _notes(error.__context__ or error), err=True)  # click wraps what it interrupts
         sys.exit(EXIT_INTERRUPTED)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(EXIT_WRONG_INPUT)
     except OSError as error:
         click.echo(f"error: {_os_error(error)}", err=True)
         sys.exit(EXIT_WRONG_INPUT)
@@ -248,8 +250,13 @@ def _os_error(error: OSError) -> str:
 
     where = f"{error.filename}: " if error.filename else ""
     if error.errno == errno.ENOSPC:
-        return f"{where}the disk is full ({error.strerror}); nothing was left behind: free space, or choose another OUT"
-    return f"{where}{error.strerror or error}"
+        return f"{where}the disk is full ({error.strerror}){_notes(error)}; free some space and try again"
+    return f"{where}{error.strerror or error}{_notes(error)}"
+
+
+def _notes(error: BaseException) -> str:
+    """What was noted on the error on its way, such as that nothing was left behind."""
+    return "".join(f": {note}" for note in getattr(error, "__notes__", ()))
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

@@ -48,6 +48,7 @@ def lower(
     name_interface(model, signature)
     name_nodes(model)
     strip_metadata(model)
+    model.ir_version = layout.ir_version
     model.producer_name = "export-llm"
     model.producer_version = None
     model.graph.name = "decoder"

@@ -28,7 +28,7 @@ from graphs.families import Family, find_family
 from graphs.loading import check_weights
 from runtimes.artifact import GRAPH_FILE, MANIFEST, PARITY_FILE, EngineEntry, GraphEntry, Manifest, file_entry
 from runtimes.errors import EngineLoadError, RuntimeMissingError
-from runtimes.onnxruntime_runner import OnnxRuntimeRunner
+from runtimes.onnxruntime_runner import OnnxRuntimeRunner, import_onnxruntime
 from runtimes.parity import ParitySummary
 from runtimes.runner import Runner
 from runtimes.signature import CacheSpec, GraphSignature
@@ -145,6 +145,8 @@ def check_request(request: ExportRequest) -> None:
         raise ExportError(f"--weights {request.weights!r} is not supported; supported: {', '.join(WEIGHT_MODES)}")
     if request.max_batch < 1:
         raise ExportError(f"--max-batch must be at least 1, got {request.max_batch}")
+    if request.verify:
+        import_onnxruntime()  # missing, it should be missed now and not when the work is done
     for name in request.targets:
         if name not in TARGETS:
             raise ExportError(f"target {name!r} is not supported; supported: {', '.join(TARGETS)}")

@@ -14,6 +14,8 @@ from typing import Protocol
 from exporter.errors import ExportError
 from runtimes.artifact import GRAPH_FILE, MANIFEST, PARITY_FILE, is_artifact, made_by_export
 
+NOTHING_LEFT = "nothing was left behind"
+
 
 class Staging(Protocol):
     """Where the files of an unfinished artifact are written."""
@@ -75,12 +77,21 @@ def check_destination(out: Path, checkpoint: Path, *, reference: bool, force: bo
 
 @contextmanager
 def stage(out: Path, *, in_place: bool) -> Iterator[Staging]:
-    """Yield a place to write to; on leaving without an error, everything appears at `out`, else nothing does."""
+    """Yield a place to write to; on leaving without an error, everything appears at `out`, else nothing does.
+
+    An error that passes through carries the note NOTHING_LEFT.
+    """
     out = Path(os.path.abspath(out))  # noqa: PTH100  (resolve() would follow a link that the rename must replace)
-    if in_place:
-        with _stage_beside(out) as beside:
-            yield beside
-        return
+    try:
+        with _stage_beside(out) if in_place else _stage_folder(out) as staging:
+            yield staging
+    except BaseException as error:
+        error.add_note(NOTHING_LEFT)
+        raise
+
+
+@contextmanager
+def _stage_folder(out: Path) -> Iterator[_Folder]:
     out.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(out.parent, out.name)
     folder = out.parent / _partial_name(out.name)

@@ -19,6 +19,7 @@ class Layout:
     """One way to put a decoder into an ONNX graph."""
 
     opset: int
+    ir_version: int  # the ONNX file format that the opset came with
     wrap: Callable[[TransformerDecoder], nn.Module]  # a module whose forward takes the signature's inputs in order
     signature: Callable[[DecoderConfig, CacheSpec, int], GraphSignature]  # (config, cache, max_batch)
     lowerings: Mapping[Any, Lowering]  # {torch operator: function that builds its ONNX nodes}

@@ -17,6 +17,7 @@ from graphs.transformer import TransformerDecoder
 from runtimes.signature import CacheSpec, DimRange, GraphSignature, TensorSpec
 
 OPSET = 24
+IR_VERSION = 12  # ONNX 1.19, which introduced opset 24
 op = values.Opset("", OPSET)  # onnxscript's own typed opsets end at 23
 
 
@@ -102,6 +103,7 @@ _ops = torch.ops.export_llm
 
 LAYOUT = Layout(
     opset=OPSET,
+    ir_version=IR_VERSION,
     wrap=PortableDecoder,
     signature=signature,
     lowerings={

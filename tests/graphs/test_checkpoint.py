@@ -134,9 +134,10 @@ def test_expected_shapes_are_hugging_faces() -> None:
 
 
 def test_dtype_is_that_of_most_bytes(tmp_path: Path) -> None:
-    """Norms are often kept in float32 beside bfloat16 weights."""
-    tensors = {name: t if "norm" in name else t.to(torch.bfloat16) for name, t in weights().items()}
+    """Norms are often kept in float32 beside bfloat16 weights; they are many, but small."""
+    tensors = {f"norm.{i}": torch.ones(2) for i in range(5)} | {"weight": torch.ones(100, dtype=torch.bfloat16)}
     assert open_checkpoint(write(tmp_path, tensors)).dtype == "BF16"
+    assert open_checkpoint(write(tmp_path, {**tensors, "norm.5": torch.ones(100)})).dtype == "F32"
 
 
 def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
@@ -344,6 +345,14 @@ def test_index_may_not_point_outside_the_folder(file_name: Any, tmp_path: Path) 
     refused(folder, re.escape(message))
 
 
+def test_index_with_lists_for_names_is_refused(tmp_path: Path) -> None:
+    """As deep as the parser lets pass: the message must be able to quote it."""
+    folder = write_sharded(tmp_path, two_shards())
+    for depth in range(700, 1000):
+        (folder / INDEX_FILE).write_text('{"weight_map": {"a": ' + "[" * depth + "]" * depth + "}}")
+        refused(folder, r"a points outside the checkpoint folder|cannot be read as JSON")
+
+
 @pytest.mark.parametrize("file_name", ["x" * 300, "x\0y", "\ud800", "a\nb", "config.json"])
 def test_index_with_a_name_that_no_shard_has(file_name: str, tmp_path: Path) -> None:
     """Names too long for the file system, with zero bytes, that are no Unicode, or of another kind of file."""
@@ -454,14 +463,20 @@ def test_tied_head_may_be_absent_or_equal(tmp_path: Path) -> None:
     assert problems(write(tmp_path, tensors, tie_word_embeddings=False)) == ["missing: lm_head.weight [12, 8]"]
 
 
-@pytest.mark.parametrize("change", ["last value", "dtype", "shape"])
+@pytest.mark.parametrize("change", ["last value", "dtype", "shape", "same bytes, dtype", "same bytes, shape"])
 def test_tied_head_that_differs_is_refused(change: str, tmp_path: Path) -> None:
     """config.json and the tensors contradict each other; the message says how to decide."""
     tensors = weights()
     head = tensors["model.embed_tokens.weight"].clone()
     if change == "last value":
         head[-1, -1] += 1e-6
-    tensors["lm_head.weight"] = {"dtype": head.to(torch.float16), "shape": head[:-1]}.get(change, head)
+    others = {
+        "dtype": head.to(torch.float16),
+        "shape": head[:-1],
+        "same bytes, dtype": head.view(torch.int32),
+        "same bytes, shape": head.reshape(8, 12),
+    }
+    tensors["lm_head.weight"] = others.get(change, head)
     assert problems(write(tmp_path, tensors, tie_word_embeddings=True)) == [
         "contradiction: config.json ties lm_head.weight to model.embed_tokens.weight, but they differ:"
         " set tie_word_embeddings to false to use lm_head.weight, or remove it"
@@ -524,6 +539,7 @@ def test_unaligned_data_loads_right(dtype: torch.dtype, padding: int, tmp_path: 
     stored = read_header(raw_file(tmp_path / "x.safetensors", header, data, b" " * padding))["x"]
     assert stored.offset == 8 + len(header) + padding
     found = load_tensor(stored)
+    assert found.data_ptr() % found.element_size() == 0  # some kernels need aligned data
     assert torch.equal(found, expected)
     assert torch.equal(found @ found.T, expected @ expected.T)
 

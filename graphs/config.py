@@ -225,7 +225,8 @@ def parse_rope(keys: Keys) -> RopeConfig:
     outer = keys.get("original_max_position_embeddings")
     if outer not in (None, values.get("original_max_position_embeddings")):
         raise CheckpointError(
-            f"config.json: original_max_position_embeddings = {short(outer)} contradicts {where}: move it there"
+            f"config.json: original_max_position_embeddings = {short(outer)} contradicts {where} (rope type"
+            f" {rope_type}): remove one of them"
         )
     unknown = sorted(set(raw) - rope.used)
     if rope_type == "default":  # transformers leaves the scaling keys of other types at null, or writes a factor of 1

@@ -5,7 +5,8 @@ shapes only, and one lowering per ONNX layout (exporter/layouts/). The model cal
 look-up and never pattern matching.
 
 Letters in shapes: B batch, S new tokens, T keys that may be seen, M cache capacity, H query heads, K key/value heads,
-D head dimension. Arithmetic is at least float32 inside each operator; results have the dtype of the first argument.
+D head dimension. Sums (norms, scores, averages) are at least float32 inside, whatever the dtype; single products are in
+the dtype of their factors, as in Hugging Face. Results have the dtype of the first argument.
 """
 
 from collections.abc import Callable

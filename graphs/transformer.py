@@ -121,8 +121,6 @@ class TransformerDecoder(nn.Module):
         length = tokens.shape[1]
         if length > self.max_seq_len:
             raise ValueError(f"seq_len ({length}) of the tokens is bigger than max_seq_len ({self.max_seq_len})")
-        if input_pos is not None and input_pos.shape[-1] != length:
-            raise ValueError(f"input_pos has shape {tuple(input_pos.shape)}, expected ({length},)")
         mask = None
         if self.causal_mask is not None:
             if input_pos is None:

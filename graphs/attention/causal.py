@@ -30,7 +30,7 @@ LayerCache = tuple[Tensor, Tensor]  # key, value: each [B, K, M, D]
 class CausalSelfAttention(nn.Module):
     """Multi-headed grouped-query self-attention, arXiv:2305.13245, with torchtune's interface.
 
-    num_kv_heads = num_heads gives multi-head, 1 gives multi-query attention.
+    num_kv_heads = num_heads (or None) gives multi-head, 1 gives multi-query attention.
 
     Args:
         embed_dim: width of x.
@@ -42,15 +42,15 @@ class CausalSelfAttention(nn.Module):
         attn_dropout: dropout of the attention weights, in training only.
 
     Raises:
-        ValueError: num_heads is no multiple of num_kv_heads, embed_dim is none of num_heads, or attn_dropout lies
-            outside [0, 1].
+        ValueError: num_heads is no multiple of num_kv_heads, embed_dim is none of num_heads, attn_dropout lies outside
+            [0, 1], or a projection's width does not fit the heads.
     """
 
     def __init__(
         self,
         embed_dim: int,
         num_heads: int,
-        num_kv_heads: int,
+        num_kv_heads: int | None,
         head_dim: int,
         q_proj: nn.Module,
         k_proj: nn.Module,
@@ -62,12 +62,20 @@ class CausalSelfAttention(nn.Module):
         attn_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if num_heads % num_kv_heads:
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_kv_heads < 1 or num_heads % num_kv_heads:
             raise ValueError(f"num_heads ({num_heads}) must be a multiple of num_kv_heads ({num_kv_heads})")
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim ({embed_dim}) must be a multiple of num_heads ({num_heads})")
         if not 0.0 <= attn_dropout <= 1.0:
             raise ValueError(f"attn_dropout ({attn_dropout}) must lie between 0 and 1")
+        widths = {"q_proj": num_heads, "k_proj": num_kv_heads, "v_proj": num_kv_heads}
+        for (name, heads), projection in zip(widths.items(), (q_proj, k_proj, v_proj), strict=True):
+            if isinstance(projection, nn.Linear) and projection.out_features != heads * head_dim:
+                raise ValueError(
+                    f"{name} gives {projection.out_features} features, expected {heads} heads of {head_dim}:"
+                    f" {heads * head_dim}"
+                )
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
@@ -104,6 +112,8 @@ class CausalSelfAttention(nn.Module):
         length = x.shape[1]
         if length > self.max_seq_len:
             raise ValueError(f"seq_len ({length}) of the input is bigger than max_seq_len ({self.max_seq_len})")
+        if input_pos is not None and input_pos.shape[-1] != length:
+            raise ValueError(f"input_pos has shape {tuple(input_pos.shape)}, expected ({length},)")
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
         q_BHSD = self.pos_embeddings(q, input_pos=input_pos).transpose(1, 2)
         k_BKTD = self.pos_embeddings(k, input_pos=input_pos).transpose(1, 2)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from graphs.config import DecoderConfig
+from graphs.config import DecoderConfig, short
 from graphs.errors import CheckpointError
 from graphs.families import llama
 from graphs.transformer import TransformerDecoder
@@ -37,6 +37,6 @@ def find_family(config_json: Mapping[str, Any]) -> Family:
     model_type = config_json.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise CheckpointError(
-            f"config.json: model_type {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}"
+            f"config.json: model_type {short(model_type)} is not supported; supported: {', '.join(sorted(FAMILIES))}"
         )
     return FAMILIES[model_type]

@@ -587,3 +587,18 @@ def test_loss_and_gradients_equal_those_of_transformers(kv_heads: int) -> None:
         torch.testing.assert_close(
             parameter.grad, other.grad, rtol=1e-3, atol=2e-6, msg=lambda m, name=name: f"{name}: {m}"
         )
+
+
+def test_attention_refuses_projections_and_positions_that_do_not_fit() -> None:
+    """Named when it is built, or when it is called, and not from inside a reshape."""
+    wide, narrow = nn.Linear(EMBED, HEADS * HEAD_DIM), nn.Linear(EMBED, HEAD_DIM)
+    parts = {"q_proj": wide, "k_proj": wide, "v_proj": wide, "output_proj": nn.Linear(HEADS * HEAD_DIM, EMBED)}
+    rope = RotaryPositionalEmbeddings(HEAD_DIM)
+    with pytest.raises(ValueError, match=rf"k_proj gives {HEAD_DIM} features, expected {HEADS} heads of {HEAD_DIM}"):
+        CausalSelfAttention(EMBED, HEADS, HEADS, HEAD_DIM, **parts | {"k_proj": narrow}, pos_embeddings=rope)
+    with pytest.raises(ValueError, match=rf"num_heads \({HEADS}\) must be a multiple of num_kv_heads \(0\)"):
+        CausalSelfAttention(EMBED, HEADS, 0, HEAD_DIM, **parts, pos_embeddings=rope)
+    layer = CausalSelfAttention(EMBED, HEADS, None, HEAD_DIM, **parts, pos_embeddings=rope)
+    assert layer.num_kv_heads == HEADS  # None is multi-head
+    with pytest.raises(ValueError, match=r"input_pos has shape \(4,\), expected \(3,\)"):
+        layer(torch.zeros(1, 3, EMBED), input_pos=torch.arange(4))

@@ -108,22 +108,23 @@ def verify(
     artifact: Path, reference: Path | None, runtime: str, device: str | None, as_json: bool, quiet: bool
 ) -> None:
     """Check every file's hash, then compare ARTIFACT with eager PyTorch; exit 1 when it differs."""
-    from exporter.verify import verify_artifact
+    from exporter.verify import onnx_targets, verify_artifact
     from runtimes.artifact import open_artifact
-    from runtimes.parity import ParitySummary
 
     with _progress(quiet) as progress:
         progress.start("check hashes")
         opened = open_artifact(artifact)
-        report = verify_artifact(
-            opened, lambda: _open_runner(opened, runtime, device), reference, on_stage=progress.start
-        )
-    summary = ParitySummary(reports=(report,), not_run={})
+        if runtime == "onnxruntime":
+            graph = opened.manifest.graphs["decoder"]
+            targets = onnx_targets(opened.path(graph.file), graph.signature, opened.manifest.cache, device)
+        else:
+            targets = {runtime: lambda: _open_runner(opened, runtime, device)}
+        summary = verify_artifact(opened, targets, reference, progress)
     if as_json:
         _print_json(summary.to_dict())
     else:
         _print_parity(summary)
-    if not report.passed:
+    if not summary.passed:
         sys.exit(EXIT_PARITY_FAILED)
 
 

@@ -36,7 +36,10 @@ class _BoundaryOps(nn.Module):
 
 
 def op_rungs(config: DecoderConfig, layout: Layout, dtype: torch.dtype) -> list[Rung]:
-    """Lower one graph of all boundary operators, run it on ONNX Runtime (CPU), and compare each with float64."""
+    """Lower one graph of all boundary operators, run it on ONNX Runtime (CPU), and compare each with float64.
+
+    bfloat16, for which that has no kernels, cannot be asked for.
+    """
     module = _BoundaryOps(config)
     inputs = _inputs(config, dtype)
     with quiet_torch(), torch.no_grad():
@@ -53,12 +56,15 @@ def op_rungs(config: DecoderConfig, layout: Layout, dtype: torch.dtype) -> list[
         truth = module(*(tensor.double() if tensor.is_floating_point() else tensor for tensor in inputs))
     model = ir.to_proto(onnx_program.model)
     feeds = [(tensor.float() if tensor.is_floating_point() else tensor).numpy() for tensor in inputs]
-    results, computed_in = run_model(model, feeds)
-    if computed_in != str(dtype).removeprefix("torch."):  # bfloat16 computed as float32: the inputs are still rounded
-        with torch.no_grad():
-            eager = module(*(tensor.float() if tensor.is_floating_point() else tensor for tensor in inputs))
+    results = run_model(model, feeds)
     return [
-        compare(f"operator {name}", result, truth[name].numpy(), eager[name].double().numpy(), computed_in)
+        compare(
+            f"operator {name}",
+            result,
+            truth[name].numpy(),
+            eager[name].double().numpy(),
+            str(dtype).removeprefix("torch."),
+        )
         for name, result in zip(truth, results, strict=True)
     ]
 

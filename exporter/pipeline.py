@@ -20,16 +20,15 @@ from exporter.precision import Precision, find_precision
 from exporter.progress import Progress, Quiet
 from exporter.staging import Staging, check_destination, stage
 from exporter.targets import TARGETS
-from exporter.verify import verify
+from exporter.verify import onnx_targets, verify, verify_all
 from exporter.weights import attach_weights, copy_file, plan_weights, require_space, write_weights
 from graphs.checkpoint import Checkpoint, open_checkpoint
 from graphs.config import DecoderConfig
 from graphs.families import Family, find_family
 from graphs.loading import check_weights
 from runtimes.artifact import GRAPH_FILE, MANIFEST, PARITY_FILE, EngineEntry, GraphEntry, Manifest, file_entry
-from runtimes.errors import EngineLoadError, RuntimeMissingError
-from runtimes.onnxruntime_runner import OnnxRuntimeRunner, import_onnxruntime
-from runtimes.parity import ParitySummary
+from runtimes.onnxruntime_runner import import_onnxruntime
+from runtimes.parity import ParityReport, ParitySummary
 from runtimes.runner import Runner
 from runtimes.signature import CacheSpec, GraphSignature
 from runtimes.tensorrt_runner import TENSORRT_RUNNERS
@@ -113,7 +112,7 @@ def export(request: ExportRequest, progress: Progress | None = None) -> ExportRe
         names += [engine.file for engine in engines.values()]
         parity = None
         if request.verify:
-            parity = _verify_all(request, checkpoint, staging, signature, cache, engines, progress)
+            parity = _verify(request, checkpoint, staging, signature, cache, engines, progress)
             staging.path(PARITY_FILE).write_text(parity.to_json(), encoding="utf-8")
             names.append(PARITY_FILE)
         progress.start("hash files")
@@ -243,7 +242,7 @@ def _build_engines(
     return engines
 
 
-def _verify_all(
+def _verify(
     request: ExportRequest,
     checkpoint: Checkpoint,
     staging: Staging,
@@ -253,32 +252,14 @@ def _verify_all(
     progress: Progress,
 ) -> ParitySummary:
     """Verify the graph on ONNX Runtime, and every engine that can run on this machine."""
-    openers: dict[str, Callable[[], Runner]] = {
-        "onnxruntime": lambda: OnnxRuntimeRunner(staging.path(GRAPH_FILE), signature, cache)
-    }
+    targets = dict(onnx_targets(staging.path(GRAPH_FILE), signature, cache))
     for name, engine in engines.items():
-        openers[name] = _engine_opener(name, staging.path(engine.file), signature, cache)
-    reports, not_run = [], {}
-    for name, opener in openers.items():
-        try:
-            reports.append(
-                verify(
-                    opener,
-                    checkpoint,
-                    layout=request.layout,
-                    signature=signature,
-                    cache=cache,
-                    on_stage=functools.partial(_start_verify_stage, progress, name),
-                )
-            )
-        except (RuntimeMissingError, EngineLoadError) as error:  # an engine may be for another GPU than this machine's
-            not_run[name] = str(error)
-    return ParitySummary(reports=tuple(reports), not_run=not_run)
+        path = staging.path(engine.file)
+        targets[name] = functools.partial(TENSORRT_RUNNERS[name], path, signature, cache)
 
+    def verify_one(open_target: Callable[[], Runner], on_stage: Callable[[str], None]) -> ParityReport:
+        return verify(
+            open_target, checkpoint, layout=request.layout, signature=signature, cache=cache, on_stage=on_stage
+        )
 
-def _engine_opener(name: str, path: Path, signature: GraphSignature, cache: CacheSpec) -> Callable[[], Runner]:
-    return lambda: TENSORRT_RUNNERS[name](path, signature, cache)
-
-
-def _start_verify_stage(progress: Progress, runtime: str, stage: str) -> None:
-    progress.start(f"verify on {runtime}: {stage}")
+    return verify_all(targets, verify_one, progress)

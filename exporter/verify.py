@@ -1,21 +1,26 @@
 """Parity of an artifact: run the case on a runner and on eager PyTorch, and judge."""
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
 from exporter.layouts import LAYOUTS
 from exporter.op_parity import op_rungs
+from exporter.progress import Progress, Quiet
 from exporter.reference import Reference, reference_device
 from graphs.checkpoint import Checkpoint, open_checkpoint
 from graphs.families import find_family
 from runtimes.artifact import Artifact
-from runtimes.errors import ArtifactError
-from runtimes.parity import ParityReport, judge, judge_greedy, make_case, run_case
+from runtimes.errors import ArtifactError, EngineLoadError, RuntimeMissingError
+from runtimes.onnxruntime_runner import OnnxRuntimeRunner
+from runtimes.parity import ParityReport, ParitySummary, judge, judge_greedy, make_case, run_case
 from runtimes.runner import Runner
 from runtimes.signature import CacheSpec, GraphSignature
+
+Targets = Mapping[str, Callable[[], Runner]]  # {name: opens the runner}
 
 
 def verify(
@@ -45,26 +50,28 @@ def verify(
     on_stage("target")
     with open_target() as runner:
         target = run_case(runner, case)
-        computes_in = getattr(runner, "computes_in", dtype)
+        computes_in = runner.computes_in
         description = runner.description
 
-    on_stage("boundary operators")
-    rungs = op_rungs(config, LAYOUTS[layout], getattr(torch, dtype))
     graph_dtype, compute_dtype = getattr(torch, dtype), getattr(torch, computes_in)
-    # A graph that computes in float32 is measured against float64, with its weights rounded as the graph's are.
+    on_stage("boundary operators")
+    # on the CPU, where ONNX Runtime has no bfloat16 kernels
+    op_dtype = torch.float32 if compute_dtype == torch.bfloat16 else compute_dtype
+    rungs = op_rungs(config, LAYOUTS[layout], op_dtype)
+    # The truth is a step more precise than the target, and its weights are rounded from the checkpoint's as the graph's
+    # should be: what is left is the error of arithmetic, against which a mistake stands out.
     exact = torch.float64 if compute_dtype == torch.float32 else torch.float32
-    rounded = graph_dtype if compute_dtype == torch.float32 else None
     on_stage(f"reference, {exact}".replace("torch.", ""))
-    truth = Reference(family, config, checkpoint, exact, weights_rounded_to=rounded)
+    truth = Reference(family, config, checkpoint, exact, weights_rounded_to=graph_dtype)
     true_trace, true_greedy = truth.trace(case), truth.greedy_logits(case, target)
     del truth
     on_stage(f"yardstick, eager {computes_in}")
-    eager = Reference(family, config, checkpoint, compute_dtype, weights_rounded_to=rounded).trace(case)
+    eager = Reference(family, config, checkpoint, compute_dtype, weights_rounded_to=graph_dtype).trace(case)
 
     rungs += judge(case, target, true_trace, eager, computes_in)
     limit = max(rung.max_limit for rung in rungs if "logits" in rung.name or "decode" in rung.name)
     rungs.append(judge_greedy(case, target, true_greedy, limit))
-    weights = f", weights rounded to {dtype}" if rounded not in (None, torch.float32) else ""
+    weights = "" if graph_dtype == torch.float32 else f", weights rounded to {dtype}"
     exact_name = str(exact).removeprefix("torch.")
     return ParityReport(
         runtime=description,
@@ -76,18 +83,48 @@ def verify(
     )
 
 
+def onnx_targets(graph: Path, signature: GraphSignature, cache: CacheSpec, device: str | None = None) -> Targets:
+    """What an ONNX graph is verified on: ONNX Runtime and, for float16, once more in float32.
+
+    Behind the rounding of float16 a small mistake in the graph could hide; in float32 it cannot.
+    """
+    targets: dict[str, Callable[[], Runner]] = {
+        "onnxruntime": lambda: OnnxRuntimeRunner(graph, signature, cache, device=device)
+    }
+    if cache.dtype == "float16":
+        targets["onnxruntime in float32"] = lambda: OnnxRuntimeRunner(graph, signature, cache, in_float32=True)
+    return targets
+
+
+def verify_all(
+    targets: Targets,
+    verify_one: Callable[[Callable[[], Runner], Callable[[str], None]], ParityReport],
+    progress: Progress,
+) -> ParitySummary:
+    """Verify on each target that this machine can run; the others are named in the summary, with the reason."""
+    reports, not_run = [], {}
+    for name, open_target in targets.items():
+        try:
+            reports.append(verify_one(open_target, functools.partial(_start_stage, progress, name)))
+        except (RuntimeMissingError, EngineLoadError) as error:  # an engine may be for another GPU than this machine's
+            not_run[name] = str(error)
+    return ParitySummary(reports=tuple(reports), not_run=not_run)
+
+
+def _start_stage(progress: Progress, target: str, stage: str) -> None:
+    progress.start(f"verify on {target}: {stage}")
+
+
 def verify_artifact(
-    artifact: Artifact,
-    open_target: Callable[[], Runner],
-    reference: Path | None = None,
-    on_stage: Callable[[str], None] = lambda _: None,
-) -> ParityReport:
+    artifact: Artifact, targets: Targets, reference: Path | None = None, progress: Progress | None = None
+) -> ParitySummary:
     """Compare an artifact with a checkpoint; by default with its own weights, which proves the graph and the runtime
     but not that the weights are those of the checkpoint it came from.
 
     Raises:
         ArtifactError: the reference describes another model.
         CheckpointError: the reference cannot be read.
+        RuntimeMissingError: there is one target, and it cannot run here.
     """
     manifest = artifact.manifest
     checkpoint = open_checkpoint(reference or artifact.folder)
@@ -97,12 +134,19 @@ def verify_artifact(
         raise ArtifactError(
             f"{checkpoint.folder} is another model than {artifact.folder}: they differ in {', '.join(differing)}"
         )
-    return verify(
-        open_target,
-        checkpoint,
-        layout=manifest.layout,
-        signature=manifest.graphs["decoder"].signature,
-        cache=manifest.cache,
-        on_stage=on_stage,
-        reference_name="the artifact's own weights" if reference is None else str(reference),
-    )
+
+    def verify_one(open_target: Callable[[], Runner], on_stage: Callable[[str], None]) -> ParityReport:
+        return verify(
+            open_target,
+            checkpoint,
+            layout=manifest.layout,
+            signature=manifest.graphs["decoder"].signature,
+            cache=manifest.cache,
+            on_stage=on_stage,
+            reference_name="the artifact's own weights" if reference is None else str(reference),
+        )
+
+    summary = verify_all(targets, verify_one, progress or Quiet())
+    if not summary.reports:
+        raise RuntimeMissingError("; ".join(summary.not_run.values()))
+    return summary

@@ -25,6 +25,7 @@ class EagerRunner:
         self._batch_size = 0
         self.signature = signature
         self.cache_spec = cache_spec
+        self.computes_in = cache_spec.dtype
         self.description = f"eager PyTorch {self._torch.__version__} ({device})"
 
     def reset(self, batch_size: int) -> None:

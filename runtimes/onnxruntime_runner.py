@@ -37,27 +37,23 @@ def default_device() -> str:
     return "cuda" if usable else "cpu"
 
 
-def run_model(model: Any, inputs: list[np.ndarray]) -> tuple[list[np.ndarray], str]:
-    """Run a small model on the CPU; floats are cast to what it takes. Returns its outputs as they come, and the
-    dtype it computed in (float32 for a bfloat16 model, see OnnxRuntimeRunner).
+def run_model(model: Any, inputs: list[np.ndarray]) -> list[np.ndarray]:
+    """Run a small float32 or float16 model on the CPU; floats are cast to what it takes.
 
     Args:
         model: an onnx.ModelProto without external data.
         inputs: arrays in the order of the model's inputs.
     """
-    from runtimes.widen import is_bfloat16, widen_bfloat16
-
     ort = import_onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors: that a lone TensorScatter copies its cache is no news here
-    source = widen_bfloat16(model) if is_bfloat16(model) else model.SerializeToString()
-    session = ort.InferenceSession(source, options, providers=[PROVIDERS["cpu"]])
-    half = any(value.type == "tensor(float16)" for value in session.get_inputs())
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=[PROVIDERS["cpu"]])
     feeds = {
         value.name: array.astype(np.float16) if value.type == "tensor(float16)" else array
         for value, array in zip(session.get_inputs(), inputs, strict=True)
     }
-    return session.run(None, feeds), "float16" if half else "float32"
+    results: list[np.ndarray] = session.run(None, feeds)
+    return results
 
 
 class OnnxRuntimeRunner:
@@ -72,21 +68,23 @@ class OnnxRuntimeRunner:
         device: str | None = None,
         device_id: int = 0,
         threads: int = 0,
+        in_float32: bool = False,
     ) -> None:
         """Load `model`.
 
         A bfloat16 graph on the CPU, where ONNX Runtime has no bfloat16 kernels, is computed in float32 with its
-        bfloat16 weights; `computes_in` then says float32.
+        bfloat16 weights, as any 16-bit graph is with `in_float32`; `computes_in` then says float32.
 
         Args:
             device: "cpu" or "cuda"; by default CUDA where it can be used.
             threads: threads for one operator; 0 lets ONNX Runtime choose.
+            in_float32: compute a 16-bit graph in float32, on the CPU.
 
         Raises:
             RuntimeMissingError: ONNX Runtime or the device's provider is missing.
         """
         ort = import_onnxruntime()
-        device = device or default_device()
+        device = device or ("cpu" if in_float32 else default_device())
         if device not in PROVIDERS:
             raise RuntimeMissingError(f"unknown device {device!r}; known: {', '.join(PROVIDERS)}")
         provider = PROVIDERS[device]
@@ -99,10 +97,10 @@ class OnnxRuntimeRunner:
         options.intra_op_num_threads = threads
         source: str | bytes = str(model)
         self.computes_in = cache_spec.dtype
-        if cache_spec.dtype == "bfloat16" and device == "cpu":
-            from runtimes.widen import load_onnx, widen_bfloat16
+        if cache_spec.dtype != "float32" and (in_float32 or (cache_spec.dtype == "bfloat16" and device == "cpu")):
+            from runtimes.widen import load_onnx, widen
 
-            source = widen_bfloat16(load_onnx(model))
+            source = widen(load_onnx(model))
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.parent))
             self.computes_in = "float32"
         providers: list[Any] = [provider]
@@ -123,7 +121,7 @@ class OnnxRuntimeRunner:
         self._batch_size = 0
         self.signature = signature
         self.cache_spec = cache_spec
-        widened = ", bfloat16 computed as float32" if self.computes_in != cache_spec.dtype else ""
+        widened = f", {cache_spec.dtype} computed as float32" if self.computes_in != cache_spec.dtype else ""
         self.description = f"onnxruntime {ort.__version__} ({provider}{widened})"
 
     @classmethod

@@ -23,6 +23,7 @@ class Runner(Protocol):
 
     signature: GraphSignature
     cache_spec: CacheSpec
+    computes_in: str  # the dtype of its arithmetic; cache_spec.dtype, unless it says otherwise
     description: str  # what runs it, for reports: "onnxruntime 1.31.1 (CPUExecutionProvider)"
 
     def reset(self, batch_size: int) -> None:

@@ -152,6 +152,7 @@ class TensorRTRunner:
         trt = import_tensorrt(self.target)
         self.signature = signature
         self.cache_spec = cache_spec
+        self.computes_in = cache_spec.dtype
         self.description = f"{self.target} {trt.__version__}"
         (logits,) = (spec for spec in signature.outputs if spec.name == "logits")
         self._vocab_size = int(logits.shape[-1])

@@ -130,6 +130,24 @@ GRAPH_FAULTS: dict[str, Callable[[onnx.ModelProto], None]] = {
 }
 
 
+class _InFloat32(OnnxRuntimeRunner):
+    """As a float16 artifact is verified for the second time."""
+
+    def __init__(self, *args: object, **options: object) -> None:
+        super().__init__(*args, **options, in_float32=True)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_float16_graph_passes_in_float32(
+    seed: int, tiny_artifacts: Callable[[str], Artifact], tiny_llama: Path
+) -> None:
+    """Its weights are rounded, its arithmetic is not."""
+    artifact = tiny_artifacts("fp16")
+    report = _verify(artifact, artifact.folder, tiny_llama, seed, runner=_InFloat32)
+    assert report.passed, [rung for rung in report.rungs if not rung.passed]
+    assert "float16 computed as float32" in report.runtime
+
+
 @pytest.fixture
 def copy(tiny_artifact: Artifact, tmp_path: Path) -> Path:
     folder = tmp_path / "copy"
@@ -137,14 +155,28 @@ def copy(tiny_artifact: Artifact, tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("fault", GRAPH_FAULTS)
-def test_a_fault_in_the_graph_is_caught(fault: str, copy: Path, tiny_artifact: Artifact, tiny_llama: Path) -> None:
+FAULTS = [(fault, "fp32", OnnxRuntimeRunner) for fault in GRAPH_FAULTS]
+# rounding to half precision is no fault in a graph of half precision
+FAULTS += [(fault, "fp16", _InFloat32) for fault in GRAPH_FAULTS if "half precision" not in fault]
+
+
+@pytest.mark.parametrize(("fault", "precision", "runner"), FAULTS)
+def test_a_fault_in_the_graph_is_caught(
+    fault: str,
+    precision: str,
+    runner: type,
+    tiny_artifacts: Callable[[str], Artifact],
+    tiny_llama: Path,
+    tmp_path: Path,
+) -> None:
     """The same graph with one small change, still valid, still fluent."""
-    path = copy / "decoder.onnx"
+    artifact = tiny_artifacts(precision)
+    shutil.copytree(artifact.folder, tmp_path / "copy")
+    path = tmp_path / "copy" / "decoder.onnx"
     model = onnx.load(path, load_external_data=False)
     GRAPH_FAULTS[fault](model)
     onnx.save(model, path)
-    assert not _verify(tiny_artifact, copy, tiny_llama).passed
+    assert not _verify(artifact, path.parent, tiny_llama, runner=runner).passed
 
 
 @pytest.mark.parametrize("bit", [30, 22, 14])

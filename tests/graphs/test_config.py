@@ -507,7 +507,8 @@ def test_rope_means_what_it_means_in_transformers_or_is_refused(changes: dict[st
         ),
         (
             {"rope_scaling": LLAMA3_ROPE, "original_max_position_embeddings": 400},
-            "config.json: original_max_position_embeddings = 400 contradicts rope_scaling (rope type llama3): remove one of them",
+            "config.json: original_max_position_embeddings = 400 contradicts rope_scaling (rope type llama3): remove"
+            " one of them",
         ),
         (
             {"rope_scaling": {**LLAMA3_ROPE, "low_freq_factor": 4.5, "high_freq_factor": 2}},

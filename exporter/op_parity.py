@@ -22,7 +22,16 @@ class _BoundaryOps(nn.Module):
         self.config = config
 
     def forward(
-        self, x: Tensor, weight: Tensor, q: Tensor, new: Tensor, cache: Tensor, angles: Tensor, mask: Tensor, at: Tensor
+        self,
+        x: Tensor,
+        weight: Tensor,
+        x_heads: Tensor,
+        q: Tensor,
+        new: Tensor,
+        cache: Tensor,
+        angles: Tensor,
+        mask: Tensor,
+        at: Tensor,
     ) -> dict[str, Tensor]:
         config = self.config
         cos, sin = angles.cos().to(q.dtype), angles.sin().to(q.dtype)
@@ -31,7 +40,8 @@ class _BoundaryOps(nn.Module):
             "rotary": ops.rotary(q, cos, sin, config.rope.interleaved),
             "update_kv_cache": ops.update_kv_cache(cache, new, at),
             "attention": ops.attention(q, cache, cache.flip(2), mask, config.head_dim**-0.5),
-            "split_heads": ops.split_heads(ops.merge_heads(q), config.head_dim),
+            "split_heads": ops.split_heads(x_heads, config.head_dim),
+            "merge_heads": ops.merge_heads(q),
         }
 
 
@@ -82,6 +92,7 @@ def _inputs(config: DecoderConfig, dtype: torch.dtype) -> tuple[Tensor, ...]:
     return (
         normal(BATCH, QUERIES, config.hidden_size),
         normal(config.hidden_size),
+        normal(BATCH, QUERIES, heads * dim),
         normal(BATCH, heads, QUERIES, dim),
         normal(BATCH, kv_heads, QUERIES, dim),
         normal(BATCH, kv_heads, CAPACITY, dim),

@@ -22,7 +22,7 @@ from exporter.staging import Staging, check_destination, stage
 from exporter.targets import TARGETS
 from exporter.verify import onnx_targets, verify, verify_all
 from exporter.weights import attach_weights, copy_file, plan_weights, require_space, write_weights
-from graphs.checkpoint import Checkpoint, open_checkpoint
+from graphs.checkpoint import INDEX_FILE, Checkpoint, open_checkpoint
 from graphs.config import DecoderConfig
 from graphs.families import Family, find_family
 from graphs.loading import check_weights
@@ -36,6 +36,7 @@ from runtimes.tensorrt_runner import TENSORRT_RUNNERS
 DEFAULT_MAX_LEN = 4096  # capacity when none is asked for: a long context's cache would not fit most machines
 DEFAULT_MAX_BATCH = 8
 MAX_LEN_LIMIT = 2**31 - 1
+MAX_BATCH_LIMIT = 65536
 WEIGHT_MODES = ("copy", "reference")
 # Files of a checkpoint that clients of the artifact need, and that are taken over as they are.
 COPIED_FILES = (
@@ -118,8 +119,9 @@ def export(request: ExportRequest, progress: Progress | None = None) -> ExportRe
         progress.start("hash files")
         files = {name: file_entry(staging.path(name)) for name in sorted(names)}
         if in_place:
-            used = {str(tensor.path) for tensor in plan.placed.values()} | {"config.json"}
-            files |= {name: file_entry(request.checkpoint / name) for name in sorted(used)}
+            used = {str(tensor.path) for tensor in plan.placed.values()} | {INDEX_FILE, *COPIED_FILES}
+            present = sorted(name for name in used if (request.checkpoint / name).is_file())
+            files |= {name: file_entry(request.checkpoint / name) for name in present}
         manifest = Manifest(
             config=dataclasses.asdict(config),
             layout=request.layout,
@@ -142,8 +144,8 @@ def check_request(request: ExportRequest) -> None:
         raise ExportError(f"layout {request.layout!r} is not supported; supported: {', '.join(LAYOUTS)}")
     if request.weights not in WEIGHT_MODES:
         raise ExportError(f"--weights {request.weights!r} is not supported; supported: {', '.join(WEIGHT_MODES)}")
-    if request.max_batch < 1:
-        raise ExportError(f"--max-batch must be at least 1, got {request.max_batch}")
+    if not 1 <= request.max_batch <= MAX_BATCH_LIMIT:
+        raise ExportError(f"--max-batch must be at least 1 and at most {MAX_BATCH_LIMIT}, got {request.max_batch}")
     if request.verify:
         import_onnxruntime()  # missing, it should be missed now and not when the work is done
     for name in request.targets:

@@ -5,7 +5,7 @@ one matrix at a time. Every row is computed alone, unpadded, in one pass over al
 mask and padding logic that is being checked takes part.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,7 +53,15 @@ class Reference:
             row_logits, row_cache = self._full_pass(case.row(row))
             logits.append(row_logits[len(case.prompts[row]) - 1 :])
             cache.append(row_cache)
-        return Trace(logits=logits, cache=cache, far_logits=self._far_logits(case))
+        first = case.far_position
+        far = self._logits(case.far_prompt, range(first, first + len(case.far_prompt)))
+        chunks = case.chunks
+        return Trace(
+            logits=logits,
+            cache=cache,
+            far_logits=far[-1],
+            chunk_logits=[self._logits(*row) for row in zip(chunks.tokens, chunks.positions, strict=True)],
+        )
 
     @torch.no_grad()
     def greedy_logits(self, case: Case, target: TargetTrace) -> list[np.ndarray]:
@@ -79,11 +87,10 @@ class Reference:
         )
         return _numpy(logits[0]), [_numpy(tensor[0]) for layer in present for tensor in layer]
 
-    def _far_logits(self, case: Case) -> np.ndarray:
-        first = case.far_position
-        positions = torch.arange(first, first + len(case.far_prompt), device=self.device)
-        tokens = torch.tensor([case.far_prompt], device=self.device)
-        return _numpy(self.decoder(tokens, positions)[0, -1])
+    def _logits(self, tokens: Sequence[int] | np.ndarray, positions: Sequence[int] | np.ndarray) -> np.ndarray:
+        """[L, V]: causal logits of tokens at any positions."""
+        input_pos = torch.tensor(list(positions), device=self.device)
+        return _numpy(self.decoder(torch.tensor([list(tokens)], device=self.device), input_pos)[0])
 
 
 def _move_buffers(decoder: TransformerDecoder, device: torch.device) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from exporter.errors import ExportError
-from runtimes.artifact import GRAPH_FILE, MANIFEST, PARITY_FILE, is_artifact, made_by_export
+from runtimes.artifact import GRAPH_FILE, MANIFEST, PARITY_FILE, foreign_files, is_artifact, made_by_export
 
 NOTHING_LEFT = "nothing was left behind"
 
@@ -73,6 +73,10 @@ def check_destination(out: Path, checkpoint: Path, *, reference: bool, force: bo
             raise ExportError(f"OUT ({out}) exists and is not an artifact, so it is left alone: choose another folder")
         if not force:
             raise ExportError(f"OUT ({out}) exists: pass --force to replace that artifact")
+        if foreign := foreign_files(out):
+            raise ExportError(
+                f"OUT ({out}) holds what no export made, and would be lost: {', '.join(foreign[:8])}: move it away"
+            )
 
 
 @contextmanager
@@ -94,10 +98,13 @@ def stage(out: Path, *, in_place: bool) -> Iterator[Staging]:
 def _stage_folder(out: Path) -> Iterator[_Folder]:
     out.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(out.parent, out.name)
+    replaces = out.exists()
     folder = out.parent / _partial_name(out.name)
     folder.mkdir()
     try:
         yield _Folder(folder)
+        if out.exists() and not replaces:
+            raise ExportError(f"OUT ({out}) appeared while this export ran: another one made it, and it is left alone")
         old = out.parent / _partial_name(out.name + ".old")
         if out.exists():
             out.rename(old)

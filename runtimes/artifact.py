@@ -56,7 +56,7 @@ class Manifest:
     graphs: Mapping[str, GraphEntry]
     engines: Mapping[str, EngineEntry]
     files: Mapping[str, FileEntry]
-    parity: Mapping[str, Any] | None  # {"passed": bool, "runtime": ..}; None: not run
+    parity: Mapping[str, Any] | None  # {"passed", "runtimes", "not_run"}; None: not asked for
     tools: Mapping[str, str]  # versions of what made it
     schema_version: int = SCHEMA_VERSION
 
@@ -169,6 +169,12 @@ def is_artifact(folder: Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(data, dict) and {"schema_version", "graphs", "files"} <= data.keys()
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """What lies in an artifact's folder and is none of its files."""
+    data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    return sorted(path.name for path in folder.iterdir() if path.name not in data["files"] and path.name != MANIFEST)
 
 
 def made_by_export(folder: Path) -> list[str]:

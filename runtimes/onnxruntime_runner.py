@@ -115,7 +115,8 @@ class OnnxRuntimeRunner:
                 f" CUDA or cuDNN library, or no GPU)"
             )
         self._ort = ort
-        self._device, self._device_id = device, device_id
+        self.device = device
+        self._device_id = device_id
         self._binding: Any = None
         self._cache: list[Any] = []
         self._batch_size = 0
@@ -201,8 +202,8 @@ class OnnxRuntimeRunner:
         make = self._ort.OrtValue
         if self.computes_in in _NUMPY:
             zeros = np.zeros(self._cache_shape(), _NUMPY[self.computes_in])
-            return make.ortvalue_from_numpy(zeros, self._device, self._device_id)
-        buffer = make.ortvalue_from_shape_and_type(self._cache_shape(), _ONNX_BFLOAT16, self._device, self._device_id)
+            return make.ortvalue_from_numpy(zeros, self.device, self._device_id)
+        buffer = make.ortvalue_from_shape_and_type(self._cache_shape(), _ONNX_BFLOAT16, self.device, self._device_id)
         self._ort.copy_tensors([self._bfloat16(0.0)], [buffer])
         return buffer
 

@@ -41,6 +41,13 @@ def check_step(
     _check_range(feeds, "input_ids", int(logits.shape[-1]), "the vocabulary")
     _check_range(feeds, "logit_indices", sizes["sequence_length"], "this call's tokens")
     _check_range(feeds, "position_ids", np.iinfo(np.int64).max, "the positions")
+    mask = feeds["attention_mask"] != 0
+    nearest = np.where(mask.any(axis=1), mask.argmax(axis=1), np.iinfo(np.int64).max)
+    if (blind := nearest > feeds["position_ids"].min(axis=1)).any():  # softmax over nothing: NaN, or anything else
+        raise FeedError(
+            f"rows {np.flatnonzero(blind).tolist()} hold a token that sees no cache slot: attention_mask must be 1 for"
+            " a slot at or before every position"
+        )
     first = int(feeds["write_indices"].min())
     last = int(feeds["write_indices"].max()) + sizes["sequence_length"]
     if first < 0 or last > cache_spec.max_len:

@@ -12,6 +12,7 @@ from onnx import numpy_helper
 
 from exporter.verify import verify
 from graphs.checkpoint import open_checkpoint
+from runtimes import onnxruntime_runner
 from runtimes.artifact import Artifact
 from runtimes.onnxruntime_runner import OnnxRuntimeRunner
 from runtimes.parity import ParityReport, ParitySummary, compare, judge_greedy, make_case, run_case
@@ -228,10 +229,76 @@ class _FirstLogits(OnnxRuntimeRunner):
         return super().step({**feeds, "logit_indices": last})
 
 
-@pytest.mark.parametrize("runner", [_ShiftedWrites, _ShiftedPositions, _StaleTail, _FirstLogits])
-def test_a_fault_in_the_runner_is_caught(runner: type, tiny_artifact: Artifact, tiny_llama: Path) -> None:
-    """Bookkeeping that is off by one."""
+def _faulty(change: Callable[[dict[str, np.ndarray], int], dict[str, np.ndarray]]) -> type:
+    """A runner that runs on other feeds than it was given; `change` gets them, and the capacity of the cache."""
+
+    class Faulty(OnnxRuntimeRunner):
+        def step(self, feeds: Feeds) -> np.ndarray:
+            feeds = dict(feeds)
+            return super().step({**feeds, **change(feeds, self.cache_spec.max_len)})
+
+    return Faulty
+
+
+def _slots(feeds: dict[str, np.ndarray]) -> np.ndarray:
+    return feeds["write_indices"][:, None] + np.arange(feeds["input_ids"].shape[1])
+
+
+def _zero_late_rows(feeds: dict[str, np.ndarray], max_len: int) -> dict[str, np.ndarray]:
+    return {"write_indices": np.where(np.arange(len(feeds["write_indices"])) < 3, feeds["write_indices"], 0)}
+
+
+def _zero_chunks(feeds: dict[str, np.ndarray], max_len: int) -> dict[str, np.ndarray]:
+    chunk = feeds["input_ids"].shape[1] > 1 and feeds["attention_mask"].shape[1] < max_len
+    return {"write_indices": feeds["write_indices"] * (not chunk)}
+
+
+def _collapse_positions(feeds: dict[str, np.ndarray], max_len: int) -> dict[str, np.ndarray]:
+    positions = feeds["position_ids"]
+    return {"position_ids": np.where((positions > 36) & (positions < max_len - 8), 36, positions)}
+
+
+def _ignore_mask(feeds: dict[str, np.ndarray], max_len: int) -> dict[str, np.ndarray]:
+    mask = feeds["attention_mask"]
+    return {"attention_mask": np.ones_like(mask) if 36 < mask.shape[1] < max_len else mask}
+
+
+RUNNER_FAULTS: dict[str, type] = {
+    "writes one slot early": _ShiftedWrites,
+    "positions off by one": _ShiftedPositions,
+    "sees one stale slot": _StaleTail,
+    "ignores logit_indices": _FirstLogits,
+    "only the first of logit_indices": _faulty(
+        lambda feeds, _: {"logit_indices": np.repeat(feeds["logit_indices"][:, :1], feeds["logit_indices"].shape[1], 1)}
+    ),
+    "every row has row 0's mask": _faulty(
+        lambda feeds, _: {"attention_mask": np.repeat(feeds["attention_mask"][:1], len(feeds["attention_mask"]), 0)}
+    ),
+    "positions are slots": _faulty(lambda feeds, _: {"position_ids": _slots(feeds)}),
+    "rows from 3 on write to slot 0": _faulty(_zero_late_rows),
+    "chunks write to slot 0": _faulty(_zero_chunks),
+    "middle positions collapse": _faulty(_collapse_positions),
+    "mask ignored between some lengths": _faulty(_ignore_mask),
+}
+
+
+@pytest.mark.parametrize("fault", RUNNER_FAULTS)
+def test_a_fault_in_the_runner_is_caught(
+    fault: str, tiny_artifact: Artifact, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bookkeeping that is wrong in one respect, as a graph could be too: so the runner's own checks are off."""
+    monkeypatch.setattr(onnxruntime_runner, "check_step", lambda *args: None)
+    runner = RUNNER_FAULTS[fault]
     assert not _verify(tiny_artifact, tiny_artifact.folder, tiny_llama, runner=runner).passed
+
+
+def test_an_infinite_yardstick_passes_nothing() -> None:
+    """Where eager PyTorch itself overflows, nothing can be said."""
+    truth, overflown = np.ones(4), np.array([1.0, np.inf, 1.0, 1.0])
+    rung = compare("x", truth, truth, overflown, "float16")
+    assert not rung.passed
+    assert rung.note == "eager PyTorch itself overflows in float16"
+    assert not compare("x", overflown, truth, overflown, "float16").passed
 
 
 def test_infinite_logits_fail() -> None:
@@ -267,6 +334,13 @@ def test_cases_fit_the_artifact(max_len: int, max_batch: int) -> None:
     assert all(1 <= len(case.row(row)) <= max_len for row in range(len(case.prompts)))
     assert case.far_position + len(case.far_prompt) == max_len
     assert max(map(len, case.prompts)) + case.greedy_steps - 1 <= max_len
+    chunks = case.chunks
+    rows, length = chunks.tokens.shape
+    assert 1 <= rows <= max_batch
+    assert sum(chunks.sizes) == length
+    assert chunks.offsets.max() + length <= max_len
+    assert chunks.positions.shape == (rows, length)
+    assert chunks.positions.max() < max_len
 
 
 def test_large_caches_get_fewer_rows() -> None:

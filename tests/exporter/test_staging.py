@@ -237,7 +237,7 @@ def request(folder: Path, out: Path, **options: Any) -> ExportRequest:
     return ExportRequest(checkpoint=folder, out=out, **options)
 
 
-STEPS = ("trace", "write_weights", "save_checked", "_verify_all", "file_entry")
+STEPS = ("trace", "write_weights", "save_checked", "_verify", "file_entry")
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -276,7 +276,7 @@ def crash_in(step: str, traced: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "attach_weights", lambda *args: None)
     monkeypatch.setattr(pipeline, "save_checked", lambda model, path: path.write_bytes(b"graph"))
     if step == "file_entry":
-        monkeypatch.setattr(pipeline, "_verify_all", lambda *args: pipeline.ParitySummary(reports=(), not_run={}))
+        monkeypatch.setattr(pipeline, "_verify", lambda *args: pipeline.ParitySummary(reports=(), not_run={}))
     monkeypatch.setattr(pipeline, step, crash)
 
 
@@ -362,3 +362,19 @@ def test_two_exports_to_one_place_do_not_mix(tmp_path: Path) -> None:
     other.communicate("go\n", timeout=deadline_s - time.monotonic())
     assert [path.name for path in out.iterdir()] == ["theirs"]  # the last one to finish wins, whole
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_force_deletes_nothing_but_the_artifact(make_artifact: MakeArtifact, tmp_path: Path, checkpoint: Path) -> None:
+    """The user's notes, or another artifact, inside OUT: they are named and left alone."""
+    out = make_artifact(tmp_path / "out")
+    (out / "notes.txt").write_text("the user's own")
+    (out / "fp16").mkdir()
+    with pytest.raises(ExportError, match=r"no export made, and would be lost: .*fp16, .*notes\.txt: move it"):
+        check(out, checkpoint, force=True)
+
+
+def test_two_exports_to_one_out(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    """Who comes second without --force does not replace the first."""
+    with pytest.raises(ExportError, match="appeared while this export ran"), stage(tmp_path / "out", in_place=False):
+        make_artifact(tmp_path / "out")
+    assert open_artifact(tmp_path / "out", check_hashes=False)

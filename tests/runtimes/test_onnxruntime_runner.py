@@ -130,6 +130,8 @@ def _feeds(**changes: np.ndarray) -> dict[str, np.ndarray]:
         ({k: v for k, v in _feeds().items() if k != "write_indices"}, "missing inputs: write_indices"),
         (_feeds(write_indices=np.array([126])), "written to slots 126 to 128, but the cache holds 128"),
         (_feeds(write_indices=np.array([-1])), "written to slots -1 to 1"),
+        (_feeds(attention_mask=np.array([[0, 1, 1]])), r"rows \[0\] hold a token that sees no cache slot"),
+        (_feeds(attention_mask=np.zeros((1, 3), np.int64)), r"rows \[0\] hold a token that sees no cache slot"),
         (_feeds(attention_mask=np.ones((1, 129), np.int64)), "total_sequence_length is 129, .* takes 1 to 128"),
         (
             {name: np.repeat(array, 2, axis=0) for name, array in _feeds().items()},

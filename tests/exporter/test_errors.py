@@ -129,8 +129,8 @@ def test_broken_index(refuses_export: Callable[..., str], x_copy: Callable[..., 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "gpt2"}, ("model_type 'gpt2' is not supported", "supported: llama")),
-        ({"model_type": None}, ("model_type None is not supported",)),
+        ({"model_type": "gpt2"}, ('model_type "gpt2" is not supported', "supported: llama")),
+        ({"model_type": None}, ("model_type null is not supported",)),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, ('rope type "yarn"', "default, linear, llama3")),
         (
             {"num_attention_heads": 4, "num_key_value_heads": 3},

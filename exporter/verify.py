@@ -16,7 +16,7 @@ from graphs.families import find_family
 from runtimes.artifact import Artifact
 from runtimes.errors import ArtifactError, EngineLoadError, RuntimeMissingError
 from runtimes.onnxruntime_runner import OnnxRuntimeRunner
-from runtimes.parity import ParityReport, ParitySummary, judge, judge_greedy, make_case, run_case
+from runtimes.parity import ParityReport, ParitySummary, judge, make_case, run_case
 from runtimes.runner import Runner
 from runtimes.signature import CacheSpec, GraphSignature
 
@@ -69,9 +69,7 @@ def verify(
     on_stage(f"yardstick, eager {computes_in}")
     eager = Reference(family, config, checkpoint, compute_dtype, weights_rounded_to=graph_dtype).trace(case)
 
-    rungs += judge(case, target, true_trace, eager, computes_in)
-    limit = max(rung.max_limit for rung in rungs if "logits" in rung.name or "decode" in rung.name)
-    rungs.append(judge_greedy(case, target, true_greedy, limit))
+    rungs += judge(case, target, true_trace, eager, true_greedy, computes_in)
     weights = "" if graph_dtype == torch.float32 else f", weights rounded to {dtype}"
     exact_name = str(exact).removeprefix("torch.")
     return ParityReport(

@@ -191,7 +191,7 @@ def run_case(runner: Runner, case: Case) -> TargetTrace:
     greedy = _run_greedy(runner, case)
     far_logits = _run_far(runner, case)
     chunk_logits = _run_chunks(runner, case.chunks)
-    decoding = _PoisonedDecoding(runner)
+    decoding = Decoding(_PoisonOnReset(runner))
     steps = [decoding.prefill(case.prompts)]
     for tokens in case.forced.T:
         steps.append(decoding.decode(tokens))
@@ -214,13 +214,6 @@ def run_case(runner: Runner, case: Case) -> TargetTrace:
         greedy=greedy,
         tail_intact=tail_intact,
     )
-
-
-class _PoisonedDecoding(Decoding):
-    """Decoding whose cache starts full of POISON."""
-
-    def __init__(self, runner: Runner) -> None:
-        super().__init__(_PoisonOnReset(runner))
 
 
 class _PoisonOnReset:
@@ -300,8 +293,15 @@ def _run_chunks(runner: Runner, chunks: Chunks) -> list[np.ndarray]:
     return list(np.concatenate(logits, axis=1))
 
 
-def judge(case: Case, target: TargetTrace, truth: Trace, eager: Trace, dtype: str) -> list[Rung]:
-    """Compare the target with the truth, by eager's own error; `dtype` is what the target computes in."""
+def judge(
+    case: Case, target: TargetTrace, truth: Trace, eager: Trace, greedy_truth: Sequence[np.ndarray], dtype: str
+) -> list[Rung]:
+    """Compare the target with the truth, by eager's own error.
+
+    Args:
+        greedy_truth: per row [steps, V], the true logits before each token that the target chose.
+        dtype: what the target computes in.
+    """
     # One position's error says little about another's, so eager's errors at all positions make one yardstick.
     yardstick = _errors(_all_logits(eager), _all_logits(truth))
 
@@ -316,6 +316,7 @@ def judge(case: Case, target: TargetTrace, truth: Trace, eager: Trace, dtype: st
     if case.forced.shape[1]:
         decode = rung(f"{case.forced.shape[1]} decode steps", lambda trace: [logits[1:] for logits in trace.logits])
         rungs.append(_with_top1(decode, case, target, truth))
+    rungs.append(judge_greedy(case, target, greedy_truth, max(rung.max_limit for rung in rungs)))
     rungs.append(_cache_rung(case, target, truth, eager, dtype))
     intact = target.tail_intact
     rungs.append(

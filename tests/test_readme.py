@@ -77,7 +77,7 @@ def test_the_session_shown_is_real(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         printed += done.stdout.replace(str(tmp_path / "demo-out"), "demo-out")
     shown = [line.split() for line in session.splitlines() if line.strip() and not line.startswith("$ ")]
-    numbers = re.compile(r"[\d.,]+(e-?\d+)?")
+    numbers = re.compile(r"[\d.,]+(e[+-]?\d+)?")
     stable = [[numbers.sub("#", word) for word in line] for line in shown]
     actual = [[numbers.sub("#", word) for word in line.split()] for line in printed.splitlines()]
     missing = [" ".join(line) for line in stable if line not in actual]

@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from exporter.precision import PRECISIONS
+from exporter.precision import PRECISIONS, cache_spec
 from graphs.checkpoint import open_checkpoint
 from graphs.families import find_family
 from graphs.loading import check_weights
-from runtimes.signature import CacheSpec
 
 
 def inspect_checkpoint(folder: Path) -> dict[str, Any]:
@@ -32,12 +31,5 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
         "max_position_embeddings": config.max_position_embeddings,
     }
     for precision in PRECISIONS.values():
-        cache = CacheSpec(
-            layers=config.num_hidden_layers,
-            kv_heads=config.num_key_value_heads,
-            max_len=1,
-            head_dim=config.head_dim,
-            dtype=precision.dtype,
-        )
-        facts[f"cache_bytes_per_token_{precision.name}"] = cache.bytes_per_token
+        facts[f"cache_bytes_per_token_{precision.name}"] = cache_spec(config, 1, precision).bytes_per_token
     return facts

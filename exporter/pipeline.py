@@ -16,7 +16,7 @@ from exporter.capture import build_on_meta, capture
 from exporter.errors import ExportError
 from exporter.layouts import LAYOUTS
 from exporter.lowering import lower
-from exporter.precision import Precision, find_precision
+from exporter.precision import Precision, cache_spec, find_precision
 from exporter.progress import Progress, Quiet
 from exporter.staging import Staging, check_destination, stage
 from exporter.targets import TARGETS
@@ -169,17 +169,6 @@ def choose_max_len(asked: int | None, config: DecoderConfig) -> tuple[int, tuple
     if asked > trained:
         return asked, (f"--max-len {asked} goes beyond the {trained} positions the model was trained for",)
     return asked, ()
-
-
-def cache_spec(config: DecoderConfig, max_len: int, precision: Precision) -> CacheSpec:
-    """The decoder's cache."""
-    return CacheSpec(
-        layers=config.num_hidden_layers,
-        kv_heads=config.num_key_value_heads,
-        max_len=max_len,
-        head_dim=config.head_dim,
-        dtype=precision.dtype,
-    )
 
 
 def trace(

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-import onnx_ir as ir
-
 from exporter.errors import ExportError
+from graphs.config import DecoderConfig
+from runtimes.signature import CacheSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,13 +14,12 @@ class Precision:
     name: str  # on the command line
     dtype: str  # numpy's and torch's
     safetensors: str
-    onnx: ir.DataType
 
 
 PRECISIONS: dict[str, Precision] = {
-    "fp32": Precision(name="fp32", dtype="float32", safetensors="F32", onnx=ir.DataType.FLOAT),
-    "fp16": Precision(name="fp16", dtype="float16", safetensors="F16", onnx=ir.DataType.FLOAT16),
-    "bf16": Precision(name="bf16", dtype="bfloat16", safetensors="BF16", onnx=ir.DataType.BFLOAT16),
+    "fp32": Precision(name="fp32", dtype="float32", safetensors="F32"),
+    "fp16": Precision(name="fp16", dtype="float16", safetensors="F16"),
+    "bf16": Precision(name="bf16", dtype="bfloat16", safetensors="BF16"),
 }
 
 
@@ -31,3 +30,14 @@ def find_precision(name: str | None, stored: str) -> Precision:
     if name not in PRECISIONS:
         raise ExportError(f"precision {name!r} is not supported; supported: {', '.join(PRECISIONS)}")
     return PRECISIONS[name]
+
+
+def cache_spec(config: DecoderConfig, max_len: int, precision: Precision) -> CacheSpec:
+    """The decoder's cache."""
+    return CacheSpec(
+        layers=config.num_hidden_layers,
+        kv_heads=config.num_key_value_heads,
+        max_len=max_len,
+        head_dim=config.head_dim,
+        dtype=precision.dtype,
+    )

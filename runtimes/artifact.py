@@ -164,26 +164,29 @@ def open_artifact(folder: str | Path, *, check_hashes: bool = True) -> Artifact:
 
 def is_artifact(folder: Path) -> bool:
     """True when an export made this folder: its manifest.json is one of ours, whole or not otherwise damaged."""
-    try:
-        data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(data, dict) and {"schema_version", "graphs", "files"} <= data.keys()
+    return _listed_files(folder) is not None
 
 
 def foreign_files(folder: Path) -> list[str]:
     """What lies in an artifact's folder and is none of its files."""
-    data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    return sorted(path.name for path in folder.iterdir() if path.name not in data["files"] and path.name != MANIFEST)
+    known = {MANIFEST, *(_listed_files(folder) or ())}
+    return sorted(path.name for path in folder.iterdir() if path.name not in known)
 
 
 def made_by_export(folder: Path) -> list[str]:
     """Files of an artifact that hold no weights and were not copied: graphs, engines, the parity report."""
-    if not is_artifact(folder):
-        return []
-    files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    ours = [name for name in files if name.endswith((".onnx", ".engine")) or name == PARITY_FILE]
-    return [name for name in ours if Path(name).name == name]
+    files = [name for name in _listed_files(folder) or () if Path(name).name == name]
+    return [name for name in files if name.endswith((".onnx", ".engine")) or name == PARITY_FILE]
+
+
+def _listed_files(folder: Path) -> list[str] | None:
+    """The files that the folder's manifest lists; None when no export made that manifest."""
+    try:
+        data = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    ours = isinstance(data, dict) and {"schema_version", "graphs", "files"} <= data.keys()
+    return list(data["files"]) if ours else None
 
 
 def _require(condition: bool, problem: str) -> None:

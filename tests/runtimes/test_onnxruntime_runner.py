@@ -7,19 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from runner_cases import PROMPTS, WRONG_FEEDS, assert_only_the_next_slot_is_written, forced_logits, valid_feeds
 
 from exporter.layouts import LAYOUTS
 from graphs.checkpoint import open_checkpoint
 from graphs.families import find_family
 from graphs.loading import load_decoder
 from runtimes.artifact import Artifact
-from runtimes.decoding import Decoding
 from runtimes.eager_runner import EagerRunner
 from runtimes.errors import ArtifactError, FeedError, RuntimeMissingError
 from runtimes.onnxruntime_runner import OnnxRuntimeRunner
 from runtimes.runner import Runner, open_runner
-
-PROMPTS = [[1, 21, 26, 14, 24, 27, 32], [1, 5], [1, 85, 72, 89, 72, 85, 86, 72, 3, 83]]
 
 
 @pytest.fixture
@@ -36,26 +34,21 @@ def _eager(checkpoint_folder: Path, artifact: Artifact) -> EagerRunner:
     return EagerRunner(wrapped, artifact.manifest.graphs["decoder"].signature, artifact.manifest.cache)
 
 
-def _steps(runner: Runner, prompts: list[list[int]], forced: np.ndarray) -> np.ndarray:
-    decoding = Decoding(runner)
-    logits = [decoding.prefill(prompts)]
-    logits += [decoding.decode(tokens) for tokens in forced.T]
-    return np.stack(logits, axis=1)
-
-
 def test_equals_the_eager_runner_on_a_ragged_batch(runner: Runner, tiny_llama: Path, tiny_artifact: Artifact) -> None:
     """Same feeds, same logits, through prefill and 20 decode steps."""
     forced = np.random.default_rng(0).integers(3, 98, (len(PROMPTS), 20))
     with _eager(tiny_llama, tiny_artifact) as eager:
-        np.testing.assert_allclose(_steps(runner, PROMPTS, forced), _steps(eager, PROMPTS, forced), atol=2e-4)
+        np.testing.assert_allclose(
+            forced_logits(runner, PROMPTS, forced), forced_logits(eager, PROMPTS, forced), atol=2e-4
+        )
 
 
 def test_each_row_of_a_ragged_batch_equals_the_row_alone(runner: Runner) -> None:
     """Padding and neighbours change nothing."""
     forced = np.random.default_rng(1).integers(3, 98, (len(PROMPTS), 20))
-    together = _steps(runner, PROMPTS, forced)
+    together = forced_logits(runner, PROMPTS, forced)
     for row, prompt in enumerate(PROMPTS):
-        alone = _steps(runner, [prompt], forced[row : row + 1])
+        alone = forced_logits(runner, [prompt], forced[row : row + 1])
         np.testing.assert_allclose(together[row], alone[0], atol=1e-4)
 
 
@@ -66,7 +59,9 @@ def test_lower_precisions_stay_near_fp32(
     """Loose by design (parity is strict): a wrong cast or a shifted weight would be off by tens."""
     forced = np.random.default_rng(2).integers(3, 98, (len(PROMPTS), 5))
     with open_runner(tiny_artifacts(precision), device="cpu") as lower:
-        np.testing.assert_allclose(_steps(lower, PROMPTS, forced), _steps(runner, PROMPTS, forced), atol=atol)
+        np.testing.assert_allclose(
+            forced_logits(lower, PROMPTS, forced), forced_logits(runner, PROMPTS, forced), atol=atol
+        )
 
 
 def test_bfloat16_on_the_cpu_says_that_it_computes_in_float32(tiny_artifacts: Callable[[str], Artifact]) -> None:
@@ -94,71 +89,31 @@ def test_the_cache_is_updated_in_place(tiny_artifact: Artifact) -> None:
 
 
 def test_the_cache_holds_what_was_written_and_nothing_else(runner: Runner) -> None:
-    """Slots are written from 0 on, row by row; the others keep what they held."""
-    decoding = Decoding(runner)
-    decoding.prefill([[1, 5, 9], [1, 7, 8]])
-    runner.fill_cache(7.0)
-    decoding.decode(np.array([3, 4]))
-    for index in range(len(runner.cache_spec.past_names())):
-        tensor = runner.read_cache(index)
-        assert tensor.shape == runner.cache_spec.array_shape(2)
-        assert (tensor[:, :, 3] != 7.0).all()
-        assert (np.delete(tensor, 3, axis=2) == 7.0).all()
+    """In place, and only there."""
+    assert_only_the_next_slot_is_written(runner)
 
 
-def _feeds(**changes: np.ndarray) -> dict[str, np.ndarray]:
-    feeds = {
-        "input_ids": np.array([[1, 5, 9]]),
-        "position_ids": np.array([[0, 1, 2]]),
-        "write_indices": np.array([0]),
-        "attention_mask": np.ones((1, 3), np.int64),
-        "logit_indices": np.array([[2]]),
-    }
-    return feeds | changes
-
-
-@pytest.mark.parametrize(
-    ("feeds", "message"),
-    [
-        (_feeds(input_ids=np.array([[1, 5, 9]], np.int32)), "input_ids must be int64, got int32"),
-        (
-            _feeds(input_ids=np.array([1, 5, 9])),
-            r"input_ids must have shape \[batch_size, sequence_length\], got \[3\]",
-        ),
-        (_feeds(position_ids=np.array([[0, 1]])), "position_ids: sequence_length is 2, but another input has 3"),
-        (_feeds(tokens=np.array([1])), "unknown input 'tokens'"),
-        ({k: v for k, v in _feeds().items() if k != "write_indices"}, "missing inputs: write_indices"),
-        (_feeds(write_indices=np.array([126])), "written to slots 126 to 128, but the cache holds 128"),
-        (_feeds(write_indices=np.array([-1])), "written to slots -1 to 1"),
-        (_feeds(attention_mask=np.array([[0, 1, 1]])), r"rows \[0\] hold a token that sees no cache slot"),
-        (_feeds(attention_mask=np.zeros((1, 3), np.int64)), r"rows \[0\] hold a token that sees no cache slot"),
-        (_feeds(attention_mask=np.ones((1, 129), np.int64)), "total_sequence_length is 129, .* takes 1 to 128"),
-        (
-            {name: np.repeat(array, 2, axis=0) for name, array in _feeds().items()},
-            "batch_size is 2, but reset made a cache for 1",
-        ),
-    ],
-)
-def test_wrong_feeds_are_refused(runner: Runner, feeds: dict[str, np.ndarray], message: str) -> None:
+@pytest.mark.parametrize(("wrong", "message"), WRONG_FEEDS)
+def test_wrong_feeds_are_refused(runner: Runner, wrong: dict[str, np.ndarray], message: str) -> None:
     """Before anything runs, with what was expected and what was found."""
     runner.reset(1)
     with pytest.raises(FeedError, match=message):
-        runner.step(feeds)
-    runner.step(_feeds())  # and the runner still works
+        runner.step(wrong)
+    runner.step(valid_feeds())  # and the runner still works
 
 
 def test_a_step_before_reset_and_after_close_is_refused(tiny_artifact: Artifact) -> None:
     """Instead of a crash inside the library."""
     runner = open_runner(tiny_artifact, device="cpu")
     with pytest.raises(FeedError, match=r"reset\(batch_size\) must be called"):
-        runner.step(_feeds())
+        runner.step(valid_feeds())
     with pytest.raises(FeedError, match="batch_size 9: this artifact takes 1 to 8 rows"):
         runner.reset(9)
     runner.reset(1)
     runner.close()
     runner.close()
     with pytest.raises(FeedError, match="closed"):
-        runner.step(_feeds())
+        runner.step(valid_feeds())
 
 
 @pytest.mark.parametrize("device", ["cuda", "tpu"])
@@ -190,7 +145,7 @@ def test_cuda_equals_the_cpu(tiny_artifacts: Callable[[str], Artifact]) -> None:
     """The same file on CUDA, in every precision."""
     forced = np.random.default_rng(3).integers(3, 98, (len(PROMPTS), 8))
     with open_runner(tiny_artifacts("fp32"), device="cpu") as cpu:
-        expected = _steps(cpu, PROMPTS, forced)
+        expected = forced_logits(cpu, PROMPTS, forced)
     for precision, atol in (("fp32", 1e-2), ("fp16", 0.15), ("bf16", 0.8)):
         with open_runner(tiny_artifacts(precision), device="cuda") as cuda:
-            np.testing.assert_allclose(_steps(cuda, PROMPTS, forced), expected, atol=atol)
+            np.testing.assert_allclose(forced_logits(cuda, PROMPTS, forced), expected, atol=atol)

@@ -16,6 +16,14 @@ from typing import Any
 import numpy as np
 import pytest
 import simulated_cuda as sim
+from runner_cases import (
+    PROMPTS,
+    WRONG_FEEDS,
+    assert_only_the_next_slot_is_written,
+    forced_logits,
+    repeat_rows,
+    valid_feeds,
+)
 
 from exporter.verify import verify
 from graphs.checkpoint import open_checkpoint
@@ -31,7 +39,6 @@ from runtimes.tensorrt_api import FLAVORS, get_logger, import_tensorrt
 from runtimes.tensorrt_runner import TENSORRT_RUNNERS, TensorRTRunner
 
 TARGETS = list(FLAVORS)
-PROMPTS = [[1, 21, 26, 14, 24, 27, 32], [1, 5], [1, 85, 72, 89, 72, 85, 86, 72, 3, 83]]
 ATOL = 1e-4  # logits are around 10; the same graph and kernels, over more masked slots
 
 
@@ -103,30 +110,12 @@ def reference(tiny_artifact: Artifact) -> Iterator[Runner]:
 def _steps(runner: Runner, prompts: list[list[int]], steps: int, seed: int = 0) -> np.ndarray:
     """Logits [B, 1 + steps, V] after the prompts and after each of some random tokens."""
     forced = np.random.default_rng(seed).integers(3, 98, (len(prompts), steps))
-    decoding = Decoding(runner)
-    logits = [decoding.prefill(prompts)]
-    logits += [decoding.decode(tokens) for tokens in forced.T]
-    return np.stack(logits, axis=1)
+    return forced_logits(runner, prompts, forced)
 
 
 def _assert_equal(runner: Runner, reference: Runner, prompts: list[list[int]], steps: int, seed: int = 0) -> None:
     expected = _steps(reference, prompts, steps, seed)
     np.testing.assert_allclose(_steps(runner, prompts, steps, seed), expected, atol=ATOL)
-
-
-def _feeds(**changes: np.ndarray) -> dict[str, np.ndarray]:
-    feeds = {
-        "input_ids": np.array([[1, 5, 9]]),
-        "position_ids": np.array([[0, 1, 2]]),
-        "write_indices": np.array([0]),
-        "attention_mask": np.ones((1, 3), np.int64),
-        "logit_indices": np.array([[2]]),
-    }
-    return feeds | changes
-
-
-def _repeat_rows(feeds: dict[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:
-    return {name: np.repeat(array, rows, axis=0) for name, array in feeds.items()}
 
 
 # --- what it computes -------------------------------------------------------------------------------------------------
@@ -193,8 +182,8 @@ def test_logits_of_several_positions(runner: Runner, reference: Runner) -> None:
     single = {"position_ids": np.array([[3]]), "write_indices": np.array([3]), "input_ids": np.array([[8]])}
     single |= {"attention_mask": np.ones((1, 4), np.int64), "logit_indices": np.array([[0, 0]])}
     calls = [
-        _feeds(logit_indices=np.array([[2, 0, 1, 1]])),
-        _feeds(logit_indices=np.array([[1]])),
+        valid_feeds(logit_indices=np.array([[2, 0, 1, 1]])),
+        valid_feeds(logit_indices=np.array([[1]])),
         single,
         single | {"logit_indices": np.array([[0]])},
     ]
@@ -206,7 +195,7 @@ def test_logits_of_several_positions(runner: Runner, reference: Runner) -> None:
 
 def test_a_cache_in_several_prefills(runner: Runner, reference: Runner) -> None:
     """A second prompt written behind the first sees it."""
-    second = _feeds(
+    second = valid_feeds(
         input_ids=np.array([[20, 30]]),
         position_ids=np.array([[3, 4]]),
         write_indices=np.array([3]),
@@ -215,7 +204,7 @@ def test_a_cache_in_several_prefills(runner: Runner, reference: Runner) -> None:
     )
     for each in (runner, reference):
         each.reset(1)
-        each.step(_feeds())
+        each.step(valid_feeds())
     np.testing.assert_allclose(runner.step(second), reference.step(second), atol=ATOL)
 
 
@@ -232,7 +221,7 @@ def test_results_are_the_callers_own(runner: Runner) -> None:
 
 def test_strided_inputs(runner: Runner, reference: Runner) -> None:
     """Views are copied, and the copies live until the device has them: pageable memory may be read late."""
-    feeds = _repeat_rows(_feeds(), 2)
+    feeds = repeat_rows(valid_feeds(), 2)
     views = {name: np.repeat(array, 2, axis=-1)[..., ::2] for name, array in feeds.items()}
     assert not any(view.flags.c_contiguous for view in views.values())
     for each in (runner, reference):
@@ -244,16 +233,8 @@ def test_strided_inputs(runner: Runner, reference: Runner) -> None:
 
 
 def test_the_cache_holds_what_was_written_and_nothing_else(runner: Runner) -> None:
-    """Slots are written from 0 on, row by row; the others keep what they held."""
-    decoding = Decoding(runner)
-    decoding.prefill([[1, 5, 9], [1, 7, 8]])
-    runner.fill_cache(7.0)
-    decoding.decode(np.array([3, 4]))
-    for index in range(len(runner.cache_spec.past_names())):
-        tensor = runner.read_cache(index)
-        assert tensor.shape == runner.cache_spec.array_shape(2)
-        assert (tensor[:, :, 3] != 7.0).all()
-        assert (np.delete(tensor, 3, axis=2) == 7.0).all()
+    """In place, and only there."""
+    assert_only_the_next_slot_is_written(runner)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -395,39 +376,24 @@ def test_two_runners_do_not_share_anything(simulation: Simulation, reference: Ru
 # --- what it refuses --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("feeds", "message"),
-    [
-        (_feeds(input_ids=np.array([[1, 5, 9]], np.int32)), "input_ids must be int64, got int32"),
-        (
-            _feeds(input_ids=np.array([1, 5, 9])),
-            r"input_ids must have shape \[batch_size, sequence_length\], got \[3\]",
-        ),
-        (_feeds(position_ids=np.array([[0, 1]])), "position_ids: sequence_length is 2, but another input has 3"),
-        (_feeds(tokens=np.array([1])), "unknown input 'tokens'"),
-        ({k: v for k, v in _feeds().items() if k != "write_indices"}, "missing inputs: write_indices"),
-        (_feeds(write_indices=np.array([126])), "written to slots 126 to 128, but the cache holds 128"),
-        (_feeds(attention_mask=np.ones((1, 129), np.int64)), "total_sequence_length is 129, .* takes 1 to 128"),
-        (_repeat_rows(_feeds(), 2), "batch_size is 2, but reset made a cache for 1"),
-    ],
-)
+@pytest.mark.parametrize(("wrong", "message"), WRONG_FEEDS)
 def test_wrong_feeds_are_refused(
-    simulation: Simulation, runner: Runner, feeds: dict[str, np.ndarray], message: str
+    simulation: Simulation, runner: Runner, wrong: dict[str, np.ndarray], message: str
 ) -> None:
     """Before anything reaches the device, with what was expected and what was found."""
     runner.reset(1)
     log = list(simulation.device.log)
     with pytest.raises(FeedError, match=message):
-        runner.step(feeds)
+        runner.step(wrong)
     assert simulation.device.log == log
-    runner.step(_feeds())  # and the runner still works
+    runner.step(valid_feeds())  # and the runner still works
 
 
 def test_use_before_reset_and_after_close_is_refused(simulation: Simulation) -> None:
     """Every method, instead of a crash inside the library."""
     runner = open_runner(simulation.artifact, "tensorrt")
     with pytest.raises(FeedError, match=r"reset\(batch_size\) must be called"):
-        runner.step(_feeds())
+        runner.step(valid_feeds())
     for rows in (0, 9):
         with pytest.raises(FeedError, match=f"batch_size {rows}: this artifact takes 1 to 8 rows"):
             runner.reset(rows)
@@ -435,7 +401,7 @@ def test_use_before_reset_and_after_close_is_refused(simulation: Simulation) -> 
     runner.close()
     uses: list[Callable[[], Any]] = [
         lambda: runner.reset(1),
-        lambda: runner.step(_feeds()),
+        lambda: runner.step(valid_feeds()),
         lambda: runner.read_cache(0),
         lambda: runner.fill_cache(0.0),
     ]
@@ -580,7 +546,7 @@ def test_out_of_memory_in_reset(simulation: Simulation, runner: Runner, referenc
         runner.reset(8)
     for rows in (2, 8):
         with pytest.raises(FeedError, match=r"reset\(batch_size\) must be called"):
-            runner.step(_repeat_rows(_feeds(), rows))
+            runner.step(repeat_rows(valid_feeds(), rows))
     for rows in (1, 2, 3):
         _assert_equal(runner, reference, PROMPTS[:rows], 3)
 
@@ -598,7 +564,7 @@ def test_an_engine_that_does_not_run(simulation: Simulation, monkeypatch: pytest
     with open_runner(simulation.artifact, "tensorrt") as runner:
         runner.reset(1)
         with pytest.raises(RuntimeError, match=r"tensorrt could not run the engine.*no kernel image is available"):
-            runner.step(_feeds())
+            runner.step(valid_feeds())
     assert simulation.device.alive() == {}
 
 
@@ -692,14 +658,7 @@ def test_gpu_graphs_change_nothing(gpu_artifact: Artifact, monkeypatch: pytest.M
 def test_gpu_cache_is_updated_in_place(gpu_artifact: Artifact) -> None:
     """Slots that no token was written to keep what they held."""
     with _on_gpu(gpu_artifact) as runner:
-        decoding = Decoding(runner)
-        decoding.prefill([[1, 5, 9], [1, 7, 8]])
-        runner.fill_cache(7.0)
-        decoding.decode(np.array([3, 4]))
-        for index in range(len(runner.cache_spec.past_names())):
-            tensor = runner.read_cache(index)
-            assert (tensor[:, :, 3] != 7.0).all()
-            assert (np.delete(tensor, 3, axis=2) == 7.0).all()
+        assert_only_the_next_slot_is_written(runner)
 
 
 @pytest.mark.cuda

@@ -1,0 +1,67 @@
+"""What every runner is held to: prompts, feeds, and the feeds it must refuse."""
+
+from typing import Any
+
+import numpy as np
+
+from runtimes.decoding import Decoding
+from runtimes.runner import Runner
+
+PROMPTS = [[1, 21, 26, 14, 24, 27, 32], [1, 5], [1, 85, 72, 89, 72, 85, 86, 72, 3, 83]]
+
+
+def valid_feeds(**changes: np.ndarray) -> dict[str, np.ndarray]:
+    """One row of three tokens at the start of the cache, with changes."""
+    valid = {
+        "input_ids": np.array([[1, 5, 9]]),
+        "position_ids": np.array([[0, 1, 2]]),
+        "write_indices": np.array([0]),
+        "attention_mask": np.ones((1, 3), np.int64),
+        "logit_indices": np.array([[2]]),
+    }
+    return valid | changes
+
+
+def repeat_rows(arrays: dict[str, np.ndarray], rows: int) -> dict[str, np.ndarray]:
+    """The same for a batch of equal rows."""
+    return {name: np.repeat(array, rows, axis=0) for name, array in arrays.items()}
+
+
+# (feeds, what the message must say), for a cache of 128 tokens that was reset for one row
+WRONG_FEEDS: list[tuple[dict[str, Any], str]] = [
+    (valid_feeds(input_ids=np.array([[1, 5, 9]], np.int32)), "input_ids must be int64, got int32"),
+    (
+        valid_feeds(input_ids=np.array([1, 5, 9])),
+        r"input_ids must have shape \[batch_size, sequence_length\], got \[3\]",
+    ),
+    (valid_feeds(position_ids=np.array([[0, 1]])), "position_ids: sequence_length is 2, but another input has 3"),
+    (valid_feeds(tokens=np.array([1])), "unknown input 'tokens'"),
+    ({k: v for k, v in valid_feeds().items() if k != "write_indices"}, "missing inputs: write_indices"),
+    (valid_feeds(write_indices=np.array([126])), "written to slots 126 to 128, but the cache holds 128"),
+    (valid_feeds(write_indices=np.array([-1])), "written to slots -1 to 1"),
+    (valid_feeds(attention_mask=np.array([[0, 1, 1]])), r"rows \[0\] hold a token that sees no cache slot"),
+    (valid_feeds(attention_mask=np.zeros((1, 3), np.int64)), r"rows \[0\] hold a token that sees no cache slot"),
+    (valid_feeds(attention_mask=np.ones((1, 129), np.int64)), "total_sequence_length is 129, .* takes 1 to 128"),
+    (repeat_rows(valid_feeds(), 2), "batch_size is 2, but reset made a cache for 1"),
+]
+
+
+def forced_logits(runner: Runner, prompts: list[list[int]], forced: np.ndarray) -> np.ndarray:
+    """Logits [B, 1 + steps, V] after the prompts and after each forced token."""
+    decoding = Decoding(runner)
+    logits = [decoding.prefill(prompts)]
+    logits += [decoding.decode(tokens) for tokens in forced.T]
+    return np.stack(logits, axis=1)
+
+
+def assert_only_the_next_slot_is_written(runner: Runner) -> None:
+    """Slots are written from 0 on, row by row; the others keep what they held."""
+    decoding = Decoding(runner)
+    decoding.prefill([[1, 5, 9], [1, 7, 8]])
+    runner.fill_cache(7.0)
+    decoding.decode(np.array([3, 4]))
+    for index in range(len(runner.cache_spec.past_names())):
+        tensor = runner.read_cache(index)
+        assert tensor.shape == runner.cache_spec.array_shape(2)
+        assert (tensor[:, :, 3] != 7.0).all()
+        assert (np.delete(tensor, 3, axis=2) == 7.0).all()

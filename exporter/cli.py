@@ -183,12 +183,18 @@ def generate(
 
 
 @cli.command()
-@click.argument("path", metavar="CHECKPOINT_OR_ARTIFACT", type=FOLDER)
+@click.argument("path", metavar="[CHECKPOINT_OR_ARTIFACT]", type=FOLDER, required=False)
 @_json_option
-def inspect(path: Path, as_json: bool) -> None:
-    """Describe a checkpoint (what would be exported) or an artifact (what it holds)."""
+def inspect(path: Path | None, as_json: bool) -> None:
+    """Describe a checkpoint (what would be exported, or is refused) or an artifact (what it holds).
+
+    Without a path: list the model families, attention variants and whatever else export knows.
+    """
     from runtimes.artifact import MANIFEST
 
+    if path is None:
+        _print_known(as_json)
+        return
     if (path / MANIFEST).is_file():
         from runtimes.artifact import open_artifact
 
@@ -206,7 +212,10 @@ def inspect(path: Path, as_json: bool) -> None:
     if as_json:
         _print_json(facts)
     else:
-        _print_facts({key.replace("_", " "): value for key, value in facts.items()}, title=str(path))
+        shown = facts | {"refused": "\n".join(facts["refused"]) or "nothing"}
+        _print_facts({key.replace("_", " "): value for key, value in shown.items()}, title=str(path))
+    if facts["refused"]:
+        raise ExportError(f"export refuses {path}: {facts['refused'][0]}")
 
 
 def main() -> None:
@@ -354,7 +363,7 @@ def _print_facts(facts: dict[str, Any], title: str) -> None:
 def _print_manifest(manifest: "Manifest", title: str) -> None:
     cache = manifest.cache
     facts: dict[str, Any] = {
-        "model": f"{manifest.config['model_type']}, {cache.layers} layers",
+        "model": f"{manifest.config['model_type']}, {manifest.config['num_hidden_layers']} layers",
         "layout": f"{manifest.layout}, {manifest.precision}",
         "cache": f"{cache.max_len} tokens, {manifest.max_batch} rows at most, {cache.bytes_per_token:,} bytes a token",
     }
@@ -365,6 +374,20 @@ def _print_manifest(manifest: "Manifest", title: str) -> None:
     verdict = "not run" if manifest.parity is None else "passed" if manifest.parity["passed"] else "FAILED"
     facts["parity"] = verdict
     _print_facts(facts, title)
+
+
+def _print_known(as_json: bool) -> None:
+    from exporter.inspection import known
+
+    lists = known()
+    if as_json:
+        _print_json(lists)
+        return
+    for title, entries in lists.items():
+        if isinstance(entries, dict):
+            _print_facts(dict(entries), title=title)
+        else:
+            click.echo(f"{title}: {', '.join(entries)}")
 
 
 def _print_signature(manifest: "Manifest") -> None:

@@ -17,6 +17,7 @@ from exporter.passes.name_interface import name_interface
 from exporter.passes.name_nodes import name_nodes
 from exporter.passes.strip_metadata import strip_metadata
 from exporter.quiet import quiet_torch
+from graphs.checkpoint import TensorRef
 from runtimes.signature import GraphSignature
 
 
@@ -24,13 +25,13 @@ def lower(
     program: ExportedProgram,
     layout: Layout,
     signature: GraphSignature,
-    tensor_names: Mapping[str, str],
+    tensor_names: Mapping[str, TensorRef],
     buffers: Mapping[str, Tensor],
 ) -> ir.Model:
     """Build the ONNX graph.
 
     Args:
-        tensor_names: {parameter name: checkpoint tensor name}.
+        tensor_names: {parameter name: where it is in the checkpoint}.
         buffers: values of the decoder's buffers, which are stored in the graph itself (rotary frequencies).
     """
     with quiet_torch():
@@ -55,7 +56,7 @@ def lower(
     return model
 
 
-def _bind_initializers(model: ir.Model, tensor_names: Mapping[str, str], buffers: Mapping[str, Tensor]) -> None:
+def _bind_initializers(model: ir.Model, tensor_names: Mapping[str, TensorRef], buffers: Mapping[str, Tensor]) -> None:
     """Give parameters their checkpoint names and no value (so that no pass can look inside), buffers their values."""
     for name, value in list(model.graph.initializers.items()):
         inner = name.removeprefix(f"{WRAPPED}.")
@@ -63,7 +64,14 @@ def _bind_initializers(model: ir.Model, tensor_names: Mapping[str, str], buffers
             del model.graph.initializers[name]
         elif inner in tensor_names:
             value.const_value = None
-            value.name = tensor_names[inner]
+            value.name = tensor_names[inner].label
         else:
-            value.name = inner.rpartition(".")[2]
+            value.name = _first_name(inner, buffers)
             value.const_value = ir.tensor(buffers[inner].numpy(), name=value.name)
+
+
+def _first_name(name: str, buffers: Mapping[str, Tensor]) -> str:
+    """The name in the first layer of a buffer that layers share, so that it does not change with their number."""
+    leaf = name.rpartition(".")[2]
+    same = (other for other in buffers if other.endswith(leaf) and torch.equal(buffers[other], buffers[name]))
+    return next(same)

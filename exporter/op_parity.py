@@ -1,5 +1,8 @@
 """The first rung of parity: each boundary operator alone, with this model's heads, widths and precision."""
 
+from collections.abc import Callable
+from typing import Any
+
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
@@ -7,11 +10,29 @@ from torch import Tensor, nn
 from exporter.layouts.layout import Layout
 from exporter.quiet import quiet_torch
 from graphs import ops
-from graphs.config import DecoderConfig
+from graphs.attention.alibi import alibi_slopes
+from graphs.config import DecoderConfig, LayerKind
 from runtimes.onnxruntime_runner import run_model
 from runtimes.parity import Rung, compare
 
 BATCH, QUERIES, KEYS, CAPACITY = 2, 3, 7, 11
+
+
+def _biases(kind: LayerKind, config: DecoderConfig, mask_shape: torch.Size) -> dict[str, Any]:
+    distances = torch.arange(QUERIES)[:, None] + (KEYS - QUERIES) - torch.arange(KEYS)
+    return {
+        "slopes": alibi_slopes(config.num_attention_heads),
+        "distances": distances.to(torch.float32).expand(mask_shape[0], -1, -1),
+    }
+
+
+# LayerKind.attention, where scores are those of the attention operator: its further arguments
+SCORED: dict[str, Callable[[LayerKind, DecoderConfig, torch.Size], dict[str, Any]]] = {
+    "causal": lambda kind, config, mask_shape: {},
+    "sliding_window": lambda kind, config, mask_shape: {},
+    "alibi": _biases,
+    "sparse_top_k": lambda kind, config, mask_shape: {"top_k": kind.top_k},
+}
 
 
 class _BoundaryOps(nn.Module):
@@ -35,14 +56,23 @@ class _BoundaryOps(nn.Module):
     ) -> dict[str, Tensor]:
         config = self.config
         cos, sin = angles.cos().to(q.dtype), angles.sin().to(q.dtype)
-        return {
-            "rms_norm": ops.rms_norm(x, weight, config.rms_norm_eps),
-            "rotary": ops.rotary(q, cos, sin, config.rope.interleaved),
+        results = {
+            "rms_norm": ops.rms_norm(x, weight, config.norm_eps),
             "update_kv_cache": ops.update_kv_cache(cache, new, at),
-            "attention": ops.attention(q, cache, cache.flip(2), mask, config.head_dim**-0.5),
             "split_heads": ops.split_heads(x_heads, config.head_dim),
             "merge_heads": ops.merge_heads(q),
         }
+        for rope in {kind.rope for kind in config.kinds if kind.rope is not None}:
+            tables = cos[..., : rope.dim // 2], sin[..., : rope.dim // 2]
+            results["rotary"] = ops.rotary(q, *tables, rope.interleaved)
+        softcap = config.attn_logit_softcapping or 0.0
+        for kind in config.kinds:
+            if kind.attention in SCORED:
+                extra = SCORED[kind.attention](kind, config, mask.shape)
+                results[f"{kind.attention} attention"] = ops.attention(
+                    q, cache, cache.flip(2), mask, config.attention_scale, softcap, **extra
+                )
+        return results
 
 
 def op_rungs(config: DecoderConfig, layout: Layout, dtype: torch.dtype) -> list[Rung]:

@@ -13,10 +13,12 @@ import onnx_ir as ir
 import torch
 
 from exporter.capture import build_on_meta, capture
+from exporter.config_json import config_as_json
 from exporter.errors import ExportError
 from exporter.layouts import LAYOUTS
+from exporter.layouts.layout import Layout
 from exporter.lowering import lower
-from exporter.precision import Precision, cache_spec, find_precision
+from exporter.precision import cache_spec, find_precision
 from exporter.progress import Progress, Quiet
 from exporter.staging import Staging, check_destination, stage
 from exporter.targets import TARGETS
@@ -24,8 +26,10 @@ from exporter.verify import onnx_targets, verify, verify_all
 from exporter.weights import attach_weights, copy_file, plan_weights, require_space, write_weights
 from graphs.checkpoint import INDEX_FILE, Checkpoint, open_checkpoint
 from graphs.config import DecoderConfig
-from graphs.families import Family, find_family
+from graphs.families import find_family
+from graphs.families.family import TensorNames
 from graphs.loading import check_weights
+from graphs.transformer import TransformerDecoder
 from runtimes.artifact import GRAPH_FILE, MANIFEST, PARITY_FILE, EngineEntry, GraphEntry, Manifest, file_entry
 from runtimes.onnxruntime_runner import import_onnxruntime
 from runtimes.parity import ParityReport, ParitySummary
@@ -91,18 +95,20 @@ def export(request: ExportRequest, progress: Progress | None = None) -> ExportRe
     check_request(request)
     check_destination(request.out, request.checkpoint, reference=in_place, force=request.force)
     checkpoint = open_checkpoint(request.checkpoint)
-    family = find_family(checkpoint.config)
+    family = find_family(checkpoint.config, checkpoint.tensors)
     config = family.parse_config(checkpoint.config)
     check_weights(family, config, checkpoint)
     precision = find_precision(request.precision, checkpoint.dtype)
     max_len, warnings = choose_max_len(request.max_len, config)
-    cache = cache_spec(config, max_len, precision)
+    decoder = build_on_meta(config, getattr(torch, precision.dtype))
+    cache = cache_spec(decoder, max_len, precision)
     signature = LAYOUTS[request.layout].signature(config, cache, request.max_batch)
-    plan = plan_weights(checkpoint, family.tensor_names(config).values(), precision, request.weights)
+    tensor_names = family.tensor_names(config)
+    plan = plan_weights(checkpoint, tensor_names.values(), precision, request.weights)
 
     with stage(request.out, in_place=in_place) as staging:
         require_space(staging.folder, plan.nbytes)
-        model = trace(family, config, request.layout, precision, signature, progress)
+        model = trace(decoder, LAYOUTS[request.layout], signature, cache, tensor_names, progress)
         progress.start("write weights", plan.nbytes or None)
         names = write_weights(plan, staging.path, progress.advance)
         progress.start("write and check graph")
@@ -123,7 +129,7 @@ def export(request: ExportRequest, progress: Progress | None = None) -> ExportRe
             present = sorted(name for name in used if (request.checkpoint / name).is_file())
             files |= {name: file_entry(request.checkpoint / name) for name in present}
         manifest = Manifest(
-            config=dataclasses.asdict(config),
+            config=config_as_json(config),
             layout=request.layout,
             precision=precision.name,
             max_batch=request.max_batch,
@@ -166,26 +172,29 @@ def choose_max_len(asked: int | None, config: DecoderConfig) -> tuple[int, tuple
         return min(trained, DEFAULT_MAX_LEN), ()
     if not 1 <= asked <= MAX_LEN_LIMIT:
         raise ExportError(f"--max-len must be at least 1 and at most {MAX_LEN_LIMIT}, got {asked}")
+    if config.position_limit is not None and asked > config.position_limit:
+        raise ExportError(
+            f"--max-len {asked} goes beyond the {config.position_limit} positions that this model has learned numbers"
+            " for: ask for at most that many"
+        )
     if asked > trained:
         return asked, (f"--max-len {asked} goes beyond the {trained} positions the model was trained for",)
     return asked, ()
 
 
 def trace(
-    family: Family,
-    config: DecoderConfig,
-    layout_name: str,
-    precision: Precision,
+    decoder: TransformerDecoder,
+    layout: Layout,
     signature: GraphSignature,
+    cache: CacheSpec,
+    tensor_names: TensorNames,
     progress: Progress,
 ) -> ir.Model:
     """Capture and lower, without reading a weight."""
-    layout = LAYOUTS[layout_name]
     progress.start("capture")
-    decoder = build_on_meta(family, config, getattr(torch, precision.dtype))
-    program = capture(decoder, layout, signature)
+    program = capture(decoder, layout, signature, cache)
     progress.start("lower to ONNX")
-    return lower(program, layout, signature, family.tensor_names(config), decoder.real_buffers())
+    return lower(program, layout, signature, tensor_names, decoder.real_buffers())
 
 
 def save_checked(model: ir.Model, path: Path) -> None:

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from exporter.errors import ExportError
-from graphs.config import DecoderConfig
-from runtimes.signature import CacheSpec
+from graphs.transformer import TransformerDecoder
+from runtimes.signature import CacheSpec, StateSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +32,17 @@ def find_precision(name: str | None, stored: str) -> Precision:
     return PRECISIONS[name]
 
 
-def cache_spec(config: DecoderConfig, max_len: int, precision: Precision) -> CacheSpec:
-    """The decoder's cache."""
-    return CacheSpec(
-        layers=config.num_hidden_layers,
-        kv_heads=config.num_key_value_heads,
-        max_len=max_len,
-        head_dim=config.head_dim,
-        dtype=precision.dtype,
+def cache_spec(decoder: TransformerDecoder, max_len: int, precision: Precision) -> CacheSpec:
+    """The decoder's state for texts of up to max_len tokens."""
+    tensors = tuple(
+        StateSpec(
+            layer=index,
+            name=tensor.name,
+            dtype="float32" if tensor.float32 else precision.dtype,
+            shape=tensor.shape,
+            slot_axis=tensor.slot_axis,
+        )
+        for index, layer in enumerate(decoder.state(max_len))
+        for tensor in layer
     )
+    return CacheSpec(max_len=max_len, dtype=precision.dtype, tensors=tensors)

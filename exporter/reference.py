@@ -16,6 +16,8 @@ from graphs.checkpoint import Checkpoint
 from graphs.config import DecoderConfig
 from graphs.families import Family
 from graphs.loading import load_decoder
+from graphs.near_ties import Chooser
+from graphs.positions import RotaryPositionalEmbeddings
 from graphs.transformer import TransformerDecoder
 from runtimes.parity import Case, TargetTrace, Trace
 
@@ -36,31 +38,42 @@ class Reference:
         dtype: torch.dtype,
         *,
         weights_rounded_to: torch.dtype | None = None,
+        swap_margin: float = 0.0,
     ) -> None:
-        """`weights_rounded_to` rounds the weights first, to tell arithmetic's error from that of the weights."""
+        """Make the reference.
+
+        Args:
+            weights_rounded_to: rounds the weights first, to tell arithmetic's error from that of the weights.
+            swap_margin: choices that are closer than this go the other way (graphs/near_ties.py).
+        """
         self.dtype = dtype
         self.config = config
         self.device = reference_device()
         self.decoder = load_decoder(family, config, checkpoint)
+        for module in self.decoder.modules():
+            if isinstance(module, Chooser):
+                module.swap_margin = swap_margin
         _move_buffers(self.decoder, self.device)
         _stream_weights(self.decoder, self.device, dtype, weights_rounded_to)
 
     @torch.no_grad()
     def trace(self, case: Case) -> Trace:
-        """Logits and cache of the case."""
+        """Logits and state of the case."""
         logits, cache = [], []
-        for row in range(len(case.prompts)):
-            row_logits, row_cache = self._full_pass(case.row(row))
-            logits.append(row_logits[len(case.prompts[row]) - 1 :])
+        for row, prompt in enumerate(case.prompts):
+            tokens = case.row(row)
+            row_logits, row_cache = self._run(tokens, range(len(tokens)), _prompt_and_steps(prompt, tokens))
+            logits.append(row_logits[len(prompt) - 1 :])
             cache.append(row_cache)
-        first = case.far_position
-        far = self._logits(case.far_prompt, range(first, first + len(case.far_prompt)))
-        chunks = case.chunks
+        first, chunks = case.far_position, case.chunks
+        far = self._logits(case.far_prompt, range(first, first + len(case.far_prompt)), (len(case.far_prompt),))
         return Trace(
             logits=logits,
             cache=cache,
             far_logits=far[-1],
-            chunk_logits=[self._logits(*row) for row in zip(chunks.tokens, chunks.positions, strict=True)],
+            chunk_logits=[
+                self._logits(*row, chunks.sizes) for row in zip(chunks.tokens, chunks.positions, strict=True)
+            ],
         )
 
     @torch.no_grad()
@@ -68,29 +81,55 @@ class Reference:
         """Per row [steps, V]: the logits before each token that the target chose."""
         result = []
         for prompt, chosen in zip(case.prompts, target.greedy, strict=True):
-            logits, _ = self._full_pass([*prompt, *chosen[:-1]])
+            tokens = [*prompt, *chosen[:-1]]
+            logits, _ = self._run(tokens, range(len(tokens)), _prompt_and_steps(prompt, tokens))
             result.append(logits[len(prompt) - 1 :])
         return result
 
-    def _full_pass(self, tokens: list[int]) -> tuple[np.ndarray, list[np.ndarray]]:
+    def _run(
+        self, tokens: Sequence[int] | np.ndarray, positions: Sequence[int] | np.ndarray, calls: Sequence[int]
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
+        """([L, V], state) of one row that begins at slot 0; `calls` as in _logits."""
+        self._set_lengths(positions, calls)
         length = len(tokens)
-        positions = torch.arange(length, device=self.device)[None]
-        shape = (1, self.config.num_key_value_heads, length, self.config.head_dim)
-        empty = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        position_ids = torch.tensor([list(positions)], device=self.device)
+        past = [
+            tuple(tensor.zeros(1, self.dtype, self.device) for tensor in layer) for layer in self.decoder.state(length)
+        ]
         logits, present = self.decoder.step(
-            torch.tensor([tokens], device=self.device),
-            positions,
+            torch.tensor([list(tokens)], device=self.device),
+            position_ids,
             torch.zeros(1, dtype=torch.int64, device=self.device),
-            torch.ones_like(positions),
-            positions,
-            [(empty, empty)] * self.config.num_hidden_layers,
+            torch.ones_like(position_ids),
+            torch.arange(length, device=self.device)[None],
+            past,
         )
         return _numpy(logits[0]), [_numpy(tensor[0]) for layer in present for tensor in layer]
 
-    def _logits(self, tokens: Sequence[int] | np.ndarray, positions: Sequence[int] | np.ndarray) -> np.ndarray:
-        """[L, V]: causal logits of tokens at any positions."""
+    def _logits(
+        self, tokens: Sequence[int] | np.ndarray, positions: Sequence[int] | np.ndarray, calls: Sequence[int]
+    ) -> np.ndarray:
+        """[L, V]: causal logits of tokens at any positions, in one pass.
+
+        Args:
+            calls: in how many tokens at a time the target was fed them; it matters to some rotary embeddings.
+        """
+        self._set_lengths(positions, calls)
         input_pos = torch.tensor(list(positions), device=self.device)
         return _numpy(self.decoder(torch.tensor([list(tokens)], device=self.device), input_pos)[0])
+
+    def _set_lengths(self, positions: Sequence[int] | np.ndarray, calls: Sequence[int]) -> None:
+        """Tell the rotary embeddings that depend on it how long the row was when each token was fed."""
+        lengths = [int(positions[end - 1]) + 1 for end in np.cumsum(calls)]
+        fed = torch.tensor([np.repeat(lengths, calls).tolist()], dtype=torch.float32, device=self.device)
+        for module in self.decoder.modules():
+            if isinstance(module, RotaryPositionalEmbeddings) and module.rope.depends_on_length:
+                module.fed_lengths = fed
+
+
+def _prompt_and_steps(prompt: Sequence[int], tokens: Sequence[int]) -> tuple[int, ...]:
+    """The prompt in one call, then a token at a time."""
+    return (len(prompt), *(1 for _ in tokens[len(prompt) :]))
 
 
 def _move_buffers(decoder: TransformerDecoder, device: torch.device) -> None:

@@ -19,7 +19,7 @@ import torch
 
 from exporter.errors import ExportError
 from exporter.precision import Precision
-from graphs.checkpoint import CHUNK_BYTES, FLOAT_DTYPES, INDEX_FILE, SINGLE_FILE, Checkpoint, StoredTensor
+from graphs.checkpoint import CHUNK_BYTES, FLOAT_DTYPES, INDEX_FILE, SINGLE_FILE, Checkpoint, StoredTensor, TensorRef
 
 HEADER_ALIGNMENT = 64  # tensors start on a cache line, so that a memory-mapped reader is not slowed down
 _FICLONE = 0x40049409  # linux/fs.h: share the blocks of one file with another, where the file system can
@@ -32,13 +32,13 @@ class WeightPlan:
     """Which files will hold the weights, and where in them each tensor lies."""
 
     copies: tuple[Path, ...]  # checkpoint files taken over whole
-    casts: tuple[StoredTensor, ...]  # tensors rewritten into model.safetensors, in this order
-    placed: Mapping[str, StoredTensor]  # by name; `path` is the file's name alone
+    casts: Mapping[StoredTensor, StoredTensor]  # {tensor: what it becomes in a new model.safetensors}, in this order
+    placed: Mapping[str, StoredTensor]  # by TensorRef.label; `path` is the file's name alone
     nbytes: int  # bytes that will be written
 
 
-def plan_weights(checkpoint: Checkpoint, names: Iterable[str], precision: Precision, mode: str) -> WeightPlan:
-    """Decide where the named tensors go.
+def plan_weights(checkpoint: Checkpoint, refs: Iterable[TensorRef], precision: Precision, mode: str) -> WeightPlan:
+    """Decide where the tensors that the parameters refer to go.
 
     Args:
         mode: "copy", or "reference" to use the checkpoint's own files where they lie.
@@ -46,10 +46,11 @@ def plan_weights(checkpoint: Checkpoint, names: Iterable[str], precision: Precis
     Raises:
         ExportError: `reference` was asked for and a tensor would have to be cast, or its file is a link.
     """
-    tensors = {name: checkpoint.tensors[name] for name in sorted(set(names))}
+    refs = set(refs)
+    tensors = {name: checkpoint.tensors[name] for name in sorted({ref.name for ref in refs})}
     other = sorted(name for name, tensor in tensors.items() if tensor.dtype != precision.safetensors)
     files = sorted({tensor.path for tensor in checkpoint.tensors.values()})
-    in_place = {name: dataclasses.replace(t, path=Path(t.path.name)) for name, t in tensors.items()}
+    in_place = _parts(refs, {name: dataclasses.replace(t, path=Path(t.path.name)) for name, t in tensors.items()})
     if mode == "reference":
         if other:
             found = ", ".join(f"{name} is {tensors[name].dtype}" for name in other[:5])
@@ -62,13 +63,19 @@ def plan_weights(checkpoint: Checkpoint, names: Iterable[str], precision: Precis
                 f"--weights reference: {', '.join(links)} is a symbolic link, which ONNX tools refuse as external"
                 " data: use --weights copy"
             )
-        return WeightPlan(copies=(), casts=(), placed=in_place, nbytes=0)
+        return WeightPlan(copies=(), casts={}, placed=in_place, nbytes=0)
     if not other:
         total = sum(file.stat().st_size for file in files)
-        return WeightPlan(copies=tuple(files), casts=(), placed=in_place, nbytes=total)
+        return WeightPlan(copies=tuple(files), casts={}, placed=in_place, nbytes=total)
     placed = _layout(tensors, precision)
     end = max((tensor.offset + tensor.nbytes for tensor in placed.values()), default=0)
-    return WeightPlan(copies=(), casts=tuple(tensors.values()), placed=placed, nbytes=end)
+    casts = {tensor: placed[name] for name, tensor in tensors.items()}
+    return WeightPlan(copies=(), casts=casts, placed=_parts(refs, placed), nbytes=end)
+
+
+def _parts(refs: Iterable[TensorRef], placed: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """{label: where what it refers to lies}."""
+    return {ref.label: ref.slice(placed[ref.name]) for ref in refs}
 
 
 def _layout(tensors: Mapping[str, StoredTensor], precision: Precision) -> dict[str, StoredTensor]:
@@ -138,18 +145,15 @@ def copy_file(source: Path, target: Path, progress: Progress = lambda _: None) -
 
 
 def _write_casts(plan: WeightPlan, target: Path, progress: Progress) -> None:
-    start = min((plan.placed[tensor.name].offset for tensor in plan.casts), default=0)
-    relative = {
-        tensor.name: dataclasses.replace(plan.placed[tensor.name], offset=plan.placed[tensor.name].offset - start)
-        for tensor in plan.casts
-    }
+    start = min((cast.offset for cast in plan.casts.values()), default=0)
+    relative = {cast.name: dataclasses.replace(cast, offset=cast.offset - start) for cast in plan.casts.values()}
     header = _header(relative)
     assert len(header) == start, "the header must be as long as it was planned"
     with target.open("wb") as writer:
         writer.write(header)
         progress(len(header))
-        for tensor in plan.casts:
-            for chunk in _cast_chunks(tensor, plan.placed[tensor.name].dtype):
+        for tensor, cast in plan.casts.items():
+            for chunk in _cast_chunks(tensor, cast.dtype):
                 writer.write(chunk)
                 progress(len(chunk))
 

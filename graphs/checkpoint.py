@@ -9,15 +9,15 @@ import math
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from graphs.config import read_json
 from graphs.errors import CheckpointError
+from graphs.keys import read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -42,6 +42,32 @@ class StoredTensor:
     path: Path
     offset: int
     nbytes: int
+
+
+class TensorRef(NamedTuple):
+    """Where a parameter's numbers are: a tensor of the checkpoint, or some of its rows, which lie together."""
+
+    name: str
+    rows: tuple[int, int] | None = None  # first, and one past the last
+
+    @property
+    def label(self) -> str:
+        """A name for what it refers to."""
+        return self.name if self.rows is None else f"{self.name}[{self.rows[0]}:{self.rows[1]}]"
+
+    def slice(self, stored: StoredTensor) -> StoredTensor:
+        """Where that part of the stored tensor lies."""
+        if self.rows is None:
+            return stored
+        first, end = self.rows
+        row_bytes = stored.nbytes // stored.shape[0]
+        return dataclasses.replace(
+            stored,
+            name=self.label,
+            shape=(end - first, *stored.shape[1:]),
+            offset=stored.offset + first * row_bytes,
+            nbytes=(end - first) * row_bytes,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from graphs.build import build_decoder
 from graphs.checkpoint import Checkpoint, check_tensors, load_tensor
 from graphs.config import DecoderConfig
 from graphs.families import Family
@@ -14,9 +15,15 @@ from graphs.transformer import TransformerDecoder
 def expected_shapes(family: Family, config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """{checkpoint tensor name: shape} for every tensor that the checkpoint must hold."""
     with torch.device("meta"):
-        decoder = family.build(config)
+        decoder = build_decoder(config)
     parameters = dict(decoder.named_parameters(remove_duplicate=False))
-    return {theirs: tuple(parameters[ours].shape) for ours, theirs in family.tensor_names(config).items()}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for ours, ref in family.tensor_names(config).items():
+        shape = tuple(parameters[ours].shape)
+        if ref.rows is not None:  # of a tensor that holds several parameters, the last one ends where it does
+            shape = (max(ref.rows[1], *shapes.get(ref.name, (0,))[:1]), *shape[1:])
+        shapes[ref.name] = shape
+    return shapes
 
 
 def check_weights(family: Family, config: DecoderConfig, checkpoint: Checkpoint) -> None:
@@ -32,10 +39,10 @@ def load_decoder(family: Family, config: DecoderConfig, checkpoint: Checkpoint) 
     """
     check_weights(family, config, checkpoint)
     with torch.device("meta"):
-        decoder = family.build(config)
+        decoder = build_decoder(config)
     names = family.tensor_names(config)
-    loaded = {name: load_tensor(checkpoint.tensors[name]) for name in sorted(set(names.values()))}
-    materialise(decoder, {ours: loaded[theirs] for ours, theirs in names.items()})
+    loaded = {ref: load_tensor(ref.slice(checkpoint.tensors[ref.name])) for ref in sorted(set(names.values()), key=str)}
+    materialise(decoder, {ours: loaded[ref] for ours, ref in names.items()})
     return decoder
 
 

@@ -32,17 +32,17 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotary_reference(x_BHSD: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """Rotate pairs of x by the angles whose cos and sin are given, [B, S, D/2]; RoFormer, arXiv:2104.09864.
+    """Rotate pairs of x by the angles whose cos and sin are given, [B, S, R/2]; RoFormer, arXiv:2104.09864.
 
-    Pairs are (i, i + D/2), or (2i, 2i + 1) when `interleaved`: ONNX RotaryEmbedding-23's two conventions.
+    Pairs are (i, i + R/2), or (2i, 2i + 1) when `interleaved`: ONNX RotaryEmbedding-23's two conventions. Only the
+    first R numbers of each head turn, R <= D.
     """
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    if interleaved:
-        first, second = x_BHSD[..., 0::2], x_BHSD[..., 1::2]
-    else:
-        first, second = x_BHSD.chunk(2, dim=-1)
+    turned, rest = x_BHSD[..., : 2 * cos.shape[-1]], x_BHSD[..., 2 * cos.shape[-1] :]
+    first, second = (turned[..., 0::2], turned[..., 1::2]) if interleaved else turned.chunk(2, dim=-1)
     pair = (first * cos - second * sin, first * sin + second * cos)
-    return torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
+    turned = torch.stack(pair, dim=-1).flatten(-2) if interleaved else torch.cat(pair, dim=-1)
+    return torch.cat((turned, rest), dim=-1)
 
 
 def update_kv_cache_reference(cache_BKMD: Tensor, new_BKSD: Tensor, write_indices: Tensor) -> Tensor:
@@ -53,21 +53,44 @@ def update_kv_cache_reference(cache_BKMD: Tensor, new_BKSD: Tensor, write_indice
     return cache_BKMD.scatter(2, index, new_BKSD)
 
 
-def attention_reference(q_BHSD: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, mask: Tensor, scale: float) -> Tensor:
+def attention_reference(
+    q_BHSD: Tensor,
+    k_BKMD: Tensor,
+    v_BKMD: Tensor,
+    mask: Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    top_k: int = 0,
+    slopes: Tensor | None = None,
+    distances: Tensor | None = None,
+) -> Tensor:
     """softmax(scale q k^T, over keys where mask is True) v; grouped queries share key/value heads, arXiv:2305.13245.
 
     `mask` is bool, [B, 1, S, T] or with a batch of 1, and every query must see one key at least. Only the first T
     slots of k and v are read, T <= M: cost follows the active length, not the capacity. ONNX Slice + Attention-23.
+
+    What ONNX Attention cannot say, or not every runtime takes, is computed with plain operators:
+        softcap: scores become softcap * tanh(scores / softcap); Gemma 2, arXiv:2408.00118 section 2. 0: they do not.
+        top_k: of the keys it sees, a query uses the top_k best, and those that tie with the last of them. 0: all.
+        slopes [H], distances [B, S, T]: scores lose slope * distance; ALiBi, arXiv:2108.12409.
     """
     batch, heads, queries, dim = q_BHSD.shape
     kv_heads, active = k_BKMD.shape[1], mask.shape[-1]
     k_BKTD, v_BKTD = k_BKMD[:, :, :active], v_BKMD[:, :, :active]
     dtype = _compute_dtype(q_BHSD)
     # query head h uses key/value head h // group: heads of one group are neighbours
-    q = q_BHSD.to(dtype).reshape(batch, kv_heads, heads // kv_heads, queries, dim)
+    group = heads // kv_heads
+    q = q_BHSD.to(dtype).reshape(batch, kv_heads, group, queries, dim)
     k, v = k_BKTD.to(dtype).unsqueeze(2), v_BKTD.to(dtype).unsqueeze(2)
     scores = (q @ k.transpose(-1, -2)) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if slopes is not None and distances is not None:
+        scores = scores - slopes.to(dtype).reshape(kv_heads, group, 1, 1) * distances.to(dtype)[:, None, None]
     scores = scores.masked_fill(~mask.unsqueeze(2), float("-inf"))
+    if top_k:
+        padded = torch.nn.functional.pad(scores, (0, top_k), value=float("-inf"))  # there may be fewer keys than top_k
+        scores = scores.masked_fill(scores < padded.topk(top_k, dim=-1).values[..., -1:], float("-inf"))
     out = torch.softmax(scores, dim=-1) @ v
     return out.reshape(batch, heads, queries, v_BKTD.shape[-1]).to(q_BHSD.dtype)
 
@@ -118,12 +141,32 @@ def _(cache: Tensor, new: Tensor, write_indices: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("export_llm::attention", mutates_args=())
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    return _copy(attention_reference(q, k, v, mask, scale))
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    top_k: int = 0,
+    slopes: Tensor | None = None,
+    distances: Tensor | None = None,
+) -> Tensor:
+    return _copy(attention_reference(q, k, v, mask, scale, softcap, top_k, slopes, distances))
 
 
 @attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    scale: float,
+    softcap: float = 0.0,
+    top_k: int = 0,
+    slopes: Tensor | None = None,
+    distances: Tensor | None = None,
+) -> Tensor:
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
 
 
@@ -166,7 +209,10 @@ def _register_gradient(op: Any, reference: Callable[..., Tensor]) -> None:
         ctx.inputs = inputs
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needed = [isinstance(a, Tensor) and wanted for a, wanted in zip(ctx.inputs, ctx.needs_input_grad, strict=True)]
+        # inputs hold the defaults of arguments that were not passed, needs_input_grad has no entry for them
+        given = zip(ctx.inputs, ctx.needs_input_grad, strict=False)
+        needed = [isinstance(a, Tensor) and wanted for a, wanted in given]
+        needed += [False] * (len(ctx.inputs) - len(needed))
         with torch.enable_grad():
             inputs = [
                 a.detach().requires_grad_(n) if isinstance(a, Tensor) else a

@@ -10,20 +10,38 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from graphs.attention.causal import CausalSelfAttention, LayerCache, StepContext
+from graphs.attention.causal import CausalSelfAttention
 from graphs.kv_cache import KVCache
-from graphs.positions import RotaryPositionalEmbeddings, inverse_frequencies
+from graphs.state import LayerState, StateTensor, StepContext
 
 
 class TransformerDecoderLayer(nn.Module):
-    """x + attn(sa_norm(x)), then h + mlp(mlp_norm(h))."""
+    """x + attn(sa_norm(x)), then h + mlp(mlp_norm(h)).
 
-    def __init__(self, attn: CausalSelfAttention, mlp: nn.Module, sa_norm: nn.Module, mlp_norm: nn.Module) -> None:
+    Args:
+        sa_scale, mlp_scale: applied to the results of attn and mlp (Gemma 2's post-norms).
+        residual_multiplier: multiplies both results (Granite).
+    """
+
+    def __init__(
+        self,
+        attn: nn.Module,
+        mlp: nn.Module,
+        sa_norm: nn.Module,
+        mlp_norm: nn.Module,
+        *,
+        sa_scale: nn.Module | None = None,
+        mlp_scale: nn.Module | None = None,
+        residual_multiplier: float = 1.0,
+    ) -> None:
         super().__init__()
         self.sa_norm = sa_norm
         self.attn = attn
+        self.sa_scale = nn.Identity() if sa_scale is None else sa_scale
         self.mlp_norm = mlp_norm
         self.mlp = mlp
+        self.mlp_scale = nn.Identity() if mlp_scale is None else mlp_scale
+        self.residual_multiplier = residual_multiplier
 
     def forward(
         self,
@@ -32,16 +50,21 @@ class TransformerDecoderLayer(nn.Module):
         input_pos: Tensor | None = None,
         *,
         context: StepContext | None = None,
-        past: LayerCache | None = None,
-    ) -> Tensor | tuple[Tensor, LayerCache]:
-        """[b, s, d] -> [b, s, d]; with an explicit cache (context and past), also the layer's present."""
+        past: LayerState | None = None,
+    ) -> Tensor | tuple[Tensor, LayerState]:
+        """[b, s, d] -> [b, s, d]; with explicit state (context and past), also the layer's present."""
         attn = self.attn(self.sa_norm(x), mask, input_pos, context=context, past=past)
         present = None
         if past is not None:
             attn, present = attn
-        h = x + attn
-        h = h + self.mlp(self.mlp_norm(h))
+        h = x + scaled(self.sa_scale(attn), self.residual_multiplier)
+        h = h + scaled(self.mlp_scale(self.mlp(self.mlp_norm(h))), self.residual_multiplier)
         return h if present is None else (h, present)
+
+
+def scaled(x: Tensor, factor: float) -> Tensor:
+    """x * factor, computed in float32 at least: a factor rounded to 16 bits would be off for every number alike."""
+    return x if factor == 1.0 else (x.to(torch.promote_types(x.dtype, torch.float32)) * factor).to(x.dtype)
 
 
 class TransformerDecoder(nn.Module):
@@ -49,11 +72,19 @@ class TransformerDecoder(nn.Module):
 
     Args:
         tok_embeddings: token embedding, [v, d].
-        layer: one layer, copied num_layers times, or the num_layers layers themselves.
-        num_layers, max_seq_len, num_heads, head_dim: as named; the last three size the KV cache.
+        layer: one layer, copied num_layers times, or the num_layers layers themselves; `layers` is another name for it.
+        num_layers, max_seq_len, num_heads, head_dim: as named; the last three size the KV cache. num_layers may be
+            left out when the layers themselves are given.
         norm: applied before the output projection.
         output: projection to the vocabulary.
         tie_word_embeddings: the output projection uses the embedding's weight.
+        pos_embeddings: called with position ids [b, s]; its result is added to the tokens' embeddings.
+        embedding_multiplier: multiplies the tokens' embeddings (Gemma, Granite).
+        logits_multiplier: multiplies the logits (Granite).
+        logits_softcap: logits become logits_softcap * tanh(logits / logits_softcap) (Gemma 2); 0: they do not.
+
+    Raises:
+        ValueError: num_layers and the layers given do not match, or layers are given twice or not at all.
     """
 
     causal_mask: Tensor | None
@@ -61,42 +92,61 @@ class TransformerDecoder(nn.Module):
     def __init__(
         self,
         tok_embeddings: nn.Embedding,
-        layer: TransformerDecoderLayer | Sequence[TransformerDecoderLayer],
-        num_layers: int,
-        max_seq_len: int,
-        num_heads: int,
-        head_dim: int,
-        norm: nn.Module,
-        output: nn.Linear,
+        layer: nn.Module | Sequence[nn.Module] | None = None,
+        num_layers: int | None = None,
+        max_seq_len: int | None = None,
+        num_heads: int | None = None,
+        head_dim: int | None = None,
+        norm: nn.Module | None = None,
+        output: nn.Linear | None = None,
         *,
+        layers: nn.Module | Sequence[nn.Module] | None = None,
         tie_word_embeddings: bool = False,
+        pos_embeddings: nn.Module | None = None,
+        embedding_multiplier: float = 1.0,
+        logits_multiplier: float = 1.0,
+        logits_softcap: float = 0.0,
     ) -> None:
         super().__init__()
-        layers = [copy.deepcopy(layer) for _ in range(num_layers)] if isinstance(layer, nn.Module) else list(layer)
-        if len(layers) != num_layers:
-            raise ValueError(f"num_layers ({num_layers}) does not match the {len(layers)} layers given")
+        if (layer is None) == (layers is None):
+            raise ValueError("pass the decoder's layers once: as layer or as layers")
+        if max_seq_len is None or num_heads is None or head_dim is None or norm is None or output is None:
+            raise ValueError("max_seq_len, num_heads, head_dim, norm and output must be given")
         self.tok_embeddings = tok_embeddings
-        self.layers = nn.ModuleList(layers)
+        self.layers = _as_list(layer if layers is None else layers, num_layers)
         self.norm = norm
         self.output = output
         self.max_seq_len = max_seq_len
         self.num_heads = num_heads
         self.head_dim = head_dim
         self.tie_word_embeddings = tie_word_embeddings
+        self.pos_embeddings = pos_embeddings
+        self.embedding_multiplier = embedding_multiplier
+        self.logits_multiplier = logits_multiplier
+        self.logits_softcap = logits_softcap
         self.causal_mask = None
         if tie_word_embeddings:
             self.output.weight = self.tok_embeddings.weight
 
     def real_buffers(self) -> dict[str, Tensor]:
         """Values of the buffers that export needs, on the CPU, whatever device the decoder was built on."""
-        return {
-            f"{name}.inv_freq": inverse_frequencies(module.rope, module.dim)
-            for name, module in self.named_modules(remove_duplicate=False)
-            if isinstance(module, RotaryPositionalEmbeddings)
-        }
+        return real_buffers(self)
+
+    def state(self, max_len: int) -> tuple[tuple[StateTensor, ...], ...]:
+        """Per layer, the tensors that `step` takes and returns, for texts of up to max_len tokens."""
+        return tuple(layer.attn.state(max_len) for layer in self.layers)
 
     def setup_caches(self, batch_size: int, dtype: torch.dtype) -> None:
-        """Give every layer a KV cache for `batch_size` rows; `forward` then needs input_pos."""
+        """Give every layer a KV cache for `batch_size` rows; `forward` then needs input_pos.
+
+        Raises:
+            ValueError: a layer keeps no keys and values: `step` carries its state.
+        """
+        others = {type(layer.attn).__name__ for layer in self.layers if not isinstance(layer.attn, CausalSelfAttention)}
+        if others:
+            raise ValueError(
+                f"{', '.join(sorted(others))} has no KV cache: use step, which carries every layer's state"
+            )
         device = self.tok_embeddings.weight.device
         with device:
             for layer in self.layers:
@@ -126,10 +176,10 @@ class TransformerDecoder(nn.Module):
             if input_pos is None:
                 raise ValueError("caches are set up, but the positions of the input tokens (input_pos) are missing")
             mask = self.causal_mask[input_pos][None, None]
-        h = self.tok_embeddings(tokens)
+        h = self._embed(tokens, torch.arange(length, device=tokens.device) if input_pos is None else input_pos)
         for layer in self.layers:
             h = layer(h, mask, input_pos)
-        return self.output(self.norm(h))
+        return self._logits(h).to(h.dtype)
 
     def step(
         self,
@@ -138,31 +188,64 @@ class TransformerDecoder(nn.Module):
         write_indices: Tensor,
         attention_mask: Tensor,
         logit_indices: Tensor,
-        past: Sequence[LayerCache],
-    ) -> tuple[Tensor, list[LayerCache]]:
-        """Run new tokens against an explicit cache.
+        past: Sequence[LayerState],
+    ) -> tuple[Tensor, list[LayerState]]:
+        """Run new tokens against explicit state.
 
         Args:
             input_ids, position_ids: int64 [B, S].
             write_indices: int64 [B], the slot of each row's first new token; write_indices + S <= capacity.
             attention_mask: int64 [B, T], 1 for cache slots that may be seen; T <= capacity.
             logit_indices: int64 [B, n], which of the S positions get logits.
-            past: (key, value) per layer, each [B, K, capacity, D].
+            past: per layer the tensors that `state` lists, each [B, *shape]; for softmax attention (key, value), each
+                [B, K, capacity, D].
 
         Returns:
-            float32 logits [B, n, V] (float64 for a float64 model), and (key, value) per layer, updated.
+            float32 logits [B, n, V] (float64 for a float64 model), and the layers' state, updated.
 
-        A slot is seen when its index is at most the query's position and its attention_mask is 1.
+        A slot is seen when its index is at most the query's position and its attention_mask is 1. Tokens whose own
+        attention_mask is 0 are padding: they leave no trace in sums.
         """
-        h = self.tok_embeddings(input_ids)
-        slots = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-        mask_BST = (slots <= position_ids.unsqueeze(-1)) & (attention_mask != 0).unsqueeze(1)
-        rope = self.layers[0].attn.pos_embeddings.tables(position_ids, h.dtype)
-        context = StepContext(rope, mask_BST.unsqueeze(1), write_indices)
+        h = self._embed(input_ids, position_ids)
+        context = StepContext(position_ids, write_indices, attention_mask)
         present = []
         for layer, layer_past in zip(self.layers, past, strict=True):
             h, layer_present = layer(h, context=context, past=layer_past)
             present.append(layer_present)
         wanted = logit_indices.unsqueeze(-1).expand(-1, -1, h.shape[-1])
-        logits = self.output(self.norm(h.gather(1, wanted)))
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)), present
+        return self._logits(h.gather(1, wanted)), present
+
+    def _embed(self, tokens: Tensor, position_ids: Tensor) -> Tensor:
+        h = scaled(self.tok_embeddings(tokens), self.embedding_multiplier)
+        if self.pos_embeddings is not None:
+            h = h + self.pos_embeddings(position_ids.expand(tokens.shape)).to(h.dtype)
+        return h
+
+    def _logits(self, h: Tensor) -> Tensor:
+        """At least float32: a softcap or a factor is applied to what float32 can hold."""
+        logits = self.output(self.norm(h))
+        logits = scaled(logits.to(torch.promote_types(logits.dtype, torch.float32)), self.logits_multiplier)
+        if self.logits_softcap:
+            logits = self.logits_softcap * torch.tanh(logits / self.logits_softcap)
+        return logits
+
+
+def real_buffers(root: nn.Module) -> dict[str, Tensor]:
+    """{name: value, on the CPU} of every buffer that a part of `root` can compute (its own real_buffers)."""
+    return {
+        f"{name}.{leaf}".removeprefix("."): table
+        for name, module in root.named_modules(remove_duplicate=False)
+        if not isinstance(module, TransformerDecoder) and hasattr(module, "real_buffers")
+        for leaf, table in module.real_buffers().items()
+    }
+
+
+def _as_list(layers: nn.Module | Sequence[nn.Module] | None, num_layers: int | None) -> nn.ModuleList:
+    if isinstance(layers, nn.Module) and not isinstance(layers, nn.ModuleList):
+        if num_layers is None:
+            raise ValueError("num_layers must be given where one layer is to be copied")
+        return nn.ModuleList(copy.deepcopy(layers) for _ in range(num_layers))
+    given = list(layers or ())
+    if num_layers not in (None, len(given)):
+        raise ValueError(f"num_layers ({num_layers}) does not match the {len(given)} layers given")
+    return nn.ModuleList(given)

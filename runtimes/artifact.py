@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from runtimes.errors import ArtifactError
-from runtimes.signature import DTYPE_BYTES, CacheSpec, GraphSignature
+from runtimes.signature import CacheSpec, GraphSignature
 
 MANIFEST = "manifest.json"
 GRAPH_FILE = "decoder.onnx"
 PARITY_FILE = "parity.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _CHUNK_BYTES = 1 << 22
 
 
@@ -77,7 +77,7 @@ class Manifest:
             manifest = cls(
                 **data
                 | {
-                    "cache": CacheSpec(**data["cache"]),
+                    "cache": CacheSpec.from_json(data["cache"]),
                     "graphs": {
                         name: GraphEntry(file=entry["file"], signature=GraphSignature.from_json(entry["signature"]))
                         for name, entry in data["graphs"].items()
@@ -99,9 +99,8 @@ class Manifest:
     def _check(self) -> None:
         """ValueError when the parts contradict each other, or are not of the types that they are declared with."""
         cache = self.cache
-        _require(cache.dtype in DTYPE_BYTES, f"unknown dtype {cache.dtype!r}")
-        sizes = (cache.layers, cache.kv_heads, cache.max_len, cache.head_dim, self.max_batch)
-        _require(all(type(size) is int and size > 0 for size in sizes), "sizes must be whole numbers above 0")
+        cache.check()
+        _require(type(self.max_batch) is int and self.max_batch > 0, "max_batch must be a whole number above 0")
         _require(isinstance(self.config, dict) and isinstance(self.tools, dict), "config and tools must be objects")
         _require(self.parity is None or type(self.parity.get("passed")) is bool, "parity must say whether it passed")
         _require("decoder" in self.graphs, "it lists no decoder graph")
@@ -112,9 +111,19 @@ class Manifest:
             graph.signature.check()
         signature = self.graphs["decoder"].signature
         specs = {spec.name: spec for spec in (*signature.inputs, *signature.outputs)}
-        for name in (*cache.past_names(), *cache.present_names()):
-            fits = specs[name].shape == cache.symbolic_shape() and specs[name].dtype == cache.dtype
-            _require(fits, f"{name} is not what the cache says")
+        _require("input_ids" in signature.limits, "the decoder has no limit for input_ids")
+        state = {spec.name for spec in signature.inputs if spec.name.startswith("past_key_values.")}
+        _require(state == set(cache.past_names()), "the decoder's inputs are not the cache's tensors")
+        in_place = {
+            new
+            for new, tensor in zip(cache.present_names(), cache.tensors, strict=True)
+            if tensor.slot_axis is not None
+        }
+        _require(set(signature.aliases) == in_place, "other tensors than caches share memory")
+        for names in (cache.past_names(), cache.present_names()):
+            for name, tensor in zip(names, cache.tensors, strict=True):
+                fits = specs[name].shape == tensor.symbolic_shape() and specs[name].dtype == tensor.dtype
+                _require(fits, f"{name} is not what the cache says")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

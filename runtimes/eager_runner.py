@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from runtimes.runner import Feeds
-from runtimes.signature import CacheSpec, GraphSignature
+from runtimes.signature import CacheSpec, GraphSignature, StateSpec
 from runtimes.step_checks import check_reset, check_step
 
 
@@ -15,13 +15,13 @@ class EagerRunner:
     """Runs a module that takes the signature's inputs; see runtimes.runner.Runner for the interface."""
 
     def __init__(self, module: Any, signature: GraphSignature, cache_spec: CacheSpec, *, device: str = "cpu") -> None:
-        """`module` is called with the inputs in order, the cache as a list of (key, value), and returns the logits
-        and the new cache (exporter/layouts wraps a decoder so).
+        """`module` is called with the inputs in order, the state as a list with one tuple for each layer, and returns
+        the logits and the new state (exporter/layouts wraps a decoder so).
         """
         self._torch = importlib.import_module("torch")
         self._module = module
         self._device = device
-        self._cache: list[tuple[Any, Any]] = []
+        self._cache: list[tuple[Any, ...]] = []
         self._batch_size = 0
         self.signature = signature
         self.cache_spec = cache_spec
@@ -32,7 +32,7 @@ class EagerRunner:
         """Make a cache of zeros for `batch_size` rows."""
         check_reset(batch_size, self.signature)
         self._batch_size = batch_size
-        self._cache = [(self._full(0.0), self._full(0.0)) for _ in range(self.cache_spec.layers)]
+        self._cache = self.cache_spec.by_layer([self._full(tensor, 0.0) for tensor in self.cache_spec.tensors])
 
     def step(self, feeds: Feeds) -> np.ndarray:
         """Run the module and keep the cache it returns. See Runner.step."""
@@ -47,12 +47,15 @@ class EagerRunner:
 
     def read_cache(self, index: int) -> np.ndarray:
         """See Runner.read_cache."""
-        array: np.ndarray = self._cache[index // 2][index % 2].float().cpu().numpy()
+        tensors = [tensor for layer in self._cache for tensor in layer]
+        array: np.ndarray = tensors[index].float().cpu().numpy()
         return array
 
     def fill_cache(self, value: float) -> None:
         """See Runner.fill_cache."""
-        self._cache = [(self._full(value), self._full(value)) for _ in self._cache]
+        for spec, tensor in zip(self.cache_spec.tensors, [t for layer in self._cache for t in layer], strict=True):
+            if spec.slot_axis is not None:
+                tensor.fill_(value)
 
     def close(self) -> None:
         """Let go of the cache and the module."""
@@ -66,6 +69,6 @@ class EagerRunner:
     ) -> None:
         self.close()
 
-    def _full(self, value: float) -> Any:
-        dtype = getattr(self._torch, self.cache_spec.dtype)
-        return self._torch.full(self.cache_spec.array_shape(self._batch_size), value, dtype=dtype, device=self._device)
+    def _full(self, spec: StateSpec, value: float) -> Any:
+        dtype = getattr(self._torch, spec.dtype)
+        return self._torch.full(spec.array_shape(self._batch_size), value, dtype=dtype, device=self._device)

@@ -10,7 +10,7 @@ from runtimes.artifact import Artifact
 from runtimes.cuda import cuda_device_count
 from runtimes.errors import FeedError, RuntimeMissingError
 from runtimes.runner import Feeds
-from runtimes.signature import CacheSpec, GraphSignature
+from runtimes.signature import CacheSpec, GraphSignature, StateSpec
 from runtimes.step_checks import check_reset, check_step
 
 # device: the execution provider that must be there
@@ -44,10 +44,16 @@ def run_model(model: Any, inputs: list[np.ndarray]) -> list[np.ndarray]:
         model: an onnx.ModelProto without external data.
         inputs: arrays in the order of the model's inputs.
     """
+    return run_model_file(model.SerializeToString(), inputs)
+
+
+def run_model_file(model: Path | bytes, inputs: list[np.ndarray]) -> list[np.ndarray]:
+    """The same for a model in a file, which may have external data, or serialised."""
     ort = import_onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 3  # errors: that a lone TensorScatter copies its cache is no news here
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=[PROVIDERS["cpu"]])
+    source = model if isinstance(model, bytes) else str(model)
+    session = ort.InferenceSession(source, options, providers=[PROVIDERS["cpu"]])
     feeds = {
         value.name: array.astype(np.float16) if value.type == "tensor(float16)" else array
         for value, array in zip(session.get_inputs(), inputs, strict=True)
@@ -119,6 +125,7 @@ class OnnxRuntimeRunner:
         self._device_id = device_id
         self._binding: Any = None
         self._cache: list[Any] = []
+        self._next: dict[int, Any] = {}  # by index: where a tensor's update goes that cannot be made in place
         self._batch_size = 0
         self.signature = signature
         self.cache_spec = cache_spec
@@ -135,16 +142,17 @@ class OnnxRuntimeRunner:
         """Make a cache of zeros for `batch_size` rows."""
         check_reset(batch_size, self.signature)
         self._batch_size = batch_size
-        self._cache = []  # free the old one first
-        self._cache = [self._zeros() for _ in self.cache_spec.past_names()]
+        self._cache, self._next = [], {}  # free the old one first
+        self._cache = [self._zeros(tensor) for tensor in self.cache_spec.tensors]
         self._binding = self._open_session().io_binding()
-        names = zip(self.cache_spec.past_names(), self.cache_spec.present_names(), self._cache, strict=True)
-        for past, present, buffer in names:
-            self._binding.bind_ortvalue_input(past, buffer)
-            self._binding.bind_ortvalue_output(present, buffer)
+        presents = self.cache_spec.present_names()
+        in_place = self.signature.aliases
+        self._next = {i: self._zeros(self.cache_spec.tensors[i]) for i, n in enumerate(presents) if n not in in_place}
+        for index in range(len(presents)):
+            self._bind(index)
 
     def step(self, feeds: Feeds) -> np.ndarray:
-        """Run the graph; the cache is updated in place. See Runner.step."""
+        """Run the graph; the cache is updated. See Runner.step."""
         session = self._open_session()
         check_step(feeds, self.signature, self.cache_spec, self._batch_size)
         for name, array in feeds.items():
@@ -152,12 +160,20 @@ class OnnxRuntimeRunner:
         self._binding.bind_output("logits", "cpu")
         session.run_with_iobinding(self._binding)
         logits: np.ndarray = self._binding.get_outputs()[-1].numpy()
+        for index, updated in self._next.items():
+            self._cache[index], self._next[index] = updated, self._cache[index]
+            self._bind(index)
         return logits
+
+    def _bind(self, index: int) -> None:
+        past, present = self.cache_spec.past_names()[index], self.cache_spec.present_names()[index]
+        self._binding.bind_ortvalue_input(past, self._cache[index])
+        self._binding.bind_ortvalue_output(present, self._next.get(index, self._cache[index]))
 
     def read_cache(self, index: int) -> np.ndarray:
         """See Runner.read_cache."""
         buffer = self._cache[index]
-        if self.computes_in != "bfloat16":
+        if self._dtype(self.cache_spec.tensors[index]) != "bfloat16":
             return np.asarray(buffer.numpy(), np.float32)
         import ml_dtypes
 
@@ -170,16 +186,17 @@ class OnnxRuntimeRunner:
 
     def fill_cache(self, value: float) -> None:
         """See Runner.fill_cache."""
-        shape = self._cache_shape()
-        for buffer in self._cache:
-            if self.computes_in in _NUMPY:
-                buffer.update_inplace(np.full(shape, value, _NUMPY[self.computes_in]))
+        for buffer, tensor in zip(self._cache, self.cache_spec.tensors, strict=True):
+            if tensor.slot_axis is None:
+                continue
+            if self._dtype(tensor) == "bfloat16":
+                self._ort.copy_tensors([self._bfloat16(tensor, value)], [buffer])
             else:
-                self._ort.copy_tensors([self._bfloat16(value)], [buffer])
+                buffer.update_inplace(self._full(tensor, value))
 
     def close(self) -> None:
         """Release the session and the cache."""
-        self._binding, self._cache, self._session = None, [], None
+        self._binding, self._cache, self._next, self._session = None, [], {}, None
 
     def __enter__(self) -> "OnnxRuntimeRunner":
         return self
@@ -194,22 +211,27 @@ class OnnxRuntimeRunner:
             raise FeedError("this runner is closed")
         return self._session
 
-    def _cache_shape(self) -> tuple[int, ...]:
-        return self.cache_spec.array_shape(self._batch_size)
+    def _dtype(self, tensor: StateSpec) -> str:
+        """What the session takes: a widened graph has no 16-bit floats left."""
+        return tensor.dtype if self.computes_in == self.cache_spec.dtype else "float32"
 
-    def _zeros(self) -> Any:
-        """A cache tensor of zeros on the device."""
+    def _zeros(self, tensor: StateSpec) -> Any:
+        """A tensor of zeros on the device."""
         make = self._ort.OrtValue
-        if self.computes_in in _NUMPY:
-            zeros = np.zeros(self._cache_shape(), _NUMPY[self.computes_in])
-            return make.ortvalue_from_numpy(zeros, self.device, self._device_id)
-        buffer = make.ortvalue_from_shape_and_type(self._cache_shape(), _ONNX_BFLOAT16, self.device, self._device_id)
-        self._ort.copy_tensors([self._bfloat16(0.0)], [buffer])
+        if self._dtype(tensor) != "bfloat16":
+            return make.ortvalue_from_numpy(self._full(tensor, 0.0), self.device, self._device_id)
+        shape = tensor.array_shape(self._batch_size)
+        buffer = make.ortvalue_from_shape_and_type(shape, _ONNX_BFLOAT16, self.device, self._device_id)
+        self._ort.copy_tensors([self._bfloat16(tensor, 0.0)], [buffer])
         return buffer
 
-    def _bfloat16(self, value: float) -> Any:
+    def _full(self, tensor: StateSpec, value: float) -> np.ndarray:
+        """A host array full of `value`."""
+        return np.full(tensor.array_shape(self._batch_size), value, _NUMPY[self._dtype(tensor)])
+
+    def _bfloat16(self, tensor: StateSpec, value: float) -> Any:
         """A host tensor full of `value`; numpy has no bfloat16, whose bits are the upper half of a float32's."""
         bits = np.float32(value).view(np.uint32) >> np.uint32(16)
         return self._ort.OrtValue.ortvalue_from_numpy_with_onnx_type(
-            np.full(self._cache_shape(), bits, np.uint16), _ONNX_BFLOAT16
+            np.full(tensor.array_shape(self._batch_size), bits, np.uint16), _ONNX_BFLOAT16
         )

@@ -33,6 +33,7 @@ CHUNK_ROWS = 4
 CHUNK_TOKENS = 12
 CHUNK_OFFSETS = (300, 0, 1000, 5)  # not in order, and far apart: a row that uses another's mask or slot is far off
 LAST_POSITION_AHEAD = 7
+WINDOW_MARGIN = 2  # how far before the end of a window the tokens stand that see its first slots fall out
 CACHE_BYTES = 4 << 30  # a cache of more than one row stays below this
 
 
@@ -56,13 +57,13 @@ class Case:
 class Chunks:
     """Rows that begin at cache slots of their own, fed in chunks, with logits asked of every token.
 
-    Slots before a row's first are hidden from it. Each token's position is its slot, but for the last one, which is fed
-    alone at a position ahead of its slot.
+    Slots that hold none of a row's tokens are hidden from it. Each token's position is its slot, but for the last one,
+    which is fed alone, at a position ahead of its slot where the model allows that.
     """
 
     tokens: np.ndarray  # int64 [rows, L]
     sizes: tuple[int, ...]  # of the chunks, L in all; the last is 1
-    offsets: np.ndarray  # int64 [rows], the slot of each row's first token
+    slots: np.ndarray  # int64 [rows, L]; neighbours within a chunk
     positions: np.ndarray  # int64 [rows, L]
 
 
@@ -71,7 +72,7 @@ class Trace:
     """What was computed for a case."""
 
     logits: list[np.ndarray]  # per row [1 + steps, V]: after the prompt, and after each forced token
-    cache: list[list[np.ndarray]]  # per row, per cache tensor: the written slots [kv_heads, tokens, head_dim]
+    cache: list[list[np.ndarray]]  # per row, per tensor of the state: its written slots, or all of a sum
     far_logits: np.ndarray  # [V], after the far prompt
     chunk_logits: list[np.ndarray]  # per row of the chunks [L, V], after each token
 
@@ -82,6 +83,7 @@ class TargetTrace(Trace):
 
     greedy: list[list[int]]  # per row, the tokens it chose
     tail_intact: bool  # slots that no call wrote still hold what was there before
+    cache_names: tuple[str, ...]  # of each entry of `cache`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,8 +160,21 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.2e}") if math.isfinite(value) else None
 
 
-def make_case(vocab_size: int, cache_spec: CacheSpec, max_batch: int, seed: int = 0) -> Case:
-    """A case that fits the artifact: random tokens from `seed`, and as many rows as CACHE_BYTES has room for."""
+def make_case(
+    vocab_size: int,
+    cache_spec: CacheSpec,
+    max_batch: int,
+    seed: int = 0,
+    *,
+    window: int | None = None,
+    free_positions: bool = True,
+) -> Case:
+    """A case that fits the artifact: random tokens from `seed`, and as many rows as CACHE_BYTES has room for.
+
+    Args:
+        window: of sliding-window layers; the first chunked row then leaves slots out, so that it reaches beyond.
+        free_positions: a token's position may differ from its slot.
+    """
     rng = np.random.default_rng(seed)
     max_len = cache_spec.max_len
     steps = min(DECODE_STEPS, max_len - 1)
@@ -172,18 +187,26 @@ def make_case(vocab_size: int, cache_spec: CacheSpec, max_batch: int, seed: int 
         greedy_steps=min(GREEDY_STEPS, max_len - max(lengths) + 1),
         far_prompt=tuple(rng.integers(0, vocab_size, far_tokens).tolist()),
         far_position=max_len - far_tokens,
-        chunks=_make_chunks(vocab_size, max_len, max(1, min(CHUNK_ROWS, max_batch, room)), rng),
+        chunks=_make_chunks(vocab_size, max_len, max(1, min(CHUNK_ROWS, max_batch, room)), rng, window, free_positions),
     )
 
 
-def _make_chunks(vocab_size: int, max_len: int, rows: int, rng: np.random.Generator) -> Chunks:
+def _make_chunks(
+    vocab_size: int, max_len: int, rows: int, rng: np.random.Generator, window: int | None, free_positions: bool
+) -> Chunks:
     length = min(CHUNK_TOKENS, max_len)
     half = length // 2
     sizes = tuple(size for size in (half, length - 1 - half, 1) if size > 0)
-    offsets = np.array([min(offset, max_len - length) for offset in CHUNK_OFFSETS[:rows]], np.int64)
-    positions = offsets[:, None] + np.arange(length)
-    positions[:, -1] = np.minimum(positions[:, -1] + LAST_POSITION_AHEAD, max_len - 1)
-    return Chunks(tokens=rng.integers(0, vocab_size, (rows, length)), sizes=sizes, offsets=offsets, positions=positions)
+    slots = np.array([[min(offset, max_len - length)] for offset in CHUNK_OFFSETS[:rows]], np.int64) + np.arange(length)
+    if window is not None and length <= window < max_len:
+        # as many tokens as would fill the window would take long: the first chunk stands a window before the second
+        gap = min(window - WINDOW_MARGIN, max_len - (length - half)) - half
+        slots[0] = min(CHUNK_OFFSETS[0], max_len - length - gap) + np.arange(length)
+        slots[0, half:] += gap
+    positions = slots.copy()
+    if free_positions:
+        positions[:, -1] = np.minimum(positions[:, -1] + LAST_POSITION_AHEAD, max_len - 1)
+    return Chunks(tokens=rng.integers(0, vocab_size, (rows, length)), sizes=sizes, slots=slots, positions=positions)
 
 
 def run_case(runner: Runner, case: Case) -> TargetTrace:
@@ -201,11 +224,14 @@ def run_case(runner: Runner, case: Case) -> TargetTrace:
     ends = [max(longest, int(length)) for length in decoding.lengths]  # right padding writes up to the longest prompt
     cache: list[list[np.ndarray]] = [[] for _ in rows]
     tail_intact = True
-    for index in range(len(runner.cache_spec.past_names())):
-        tensor = runner.read_cache(index)
+    for index, tensor in enumerate(runner.cache_spec.tensors):
+        array = runner.read_cache(index)
         for row in rows:
-            cache[row].append(tensor[row, :, : decoding.lengths[row]].copy())
-            tail_intact &= _is_poison(tensor[row, :, ends[row] :], runner)
+            if tensor.slot_axis is None:
+                cache[row].append(array[row].copy())
+                continue
+            cache[row].append(tensor.slots(array, row, 0, int(decoding.lengths[row])).copy())
+            tail_intact &= _is_poison(tensor.slots(array, row, ends[row], None), runner)
     return TargetTrace(
         logits=list(logits),
         cache=cache,
@@ -213,6 +239,7 @@ def run_case(runner: Runner, case: Case) -> TargetTrace:
         chunk_logits=chunk_logits,
         greedy=greedy,
         tail_intact=tail_intact,
+        cache_names=tuple(runner.cache_spec.present_names()),
     )
 
 
@@ -270,21 +297,21 @@ def _run_far(runner: Runner, case: Case) -> np.ndarray:
 
 def _run_chunks(runner: Runner, chunks: Chunks) -> list[np.ndarray]:
     """Every row's chunks, one call per chunk; logits of all tokens."""
-    rows = len(chunks.offsets)
+    rows = len(chunks.slots)
     runner.reset(rows)
     poison(runner)
     logits, start = [], 0
     for size in chunks.sizes:
-        ends = chunks.offsets + start + size
-        slots = np.arange(int(ends.max()))
-        seen = (slots >= chunks.offsets[:, None]) & (slots < ends[:, None])
+        written = chunks.slots[:, : start + size]
+        seen = np.zeros((rows, int(written.max()) + 1), np.int64)
+        np.put_along_axis(seen, written, 1, axis=1)
         logits.append(
             runner.step(
                 {
                     "input_ids": chunks.tokens[:, start : start + size],
                     "position_ids": chunks.positions[:, start : start + size],
-                    "write_indices": chunks.offsets + start,
-                    "attention_mask": seen.astype(np.int64),
+                    "write_indices": chunks.slots[:, start],
+                    "attention_mask": seen,
                     "logit_indices": np.tile(np.arange(size, dtype=np.int64), (rows, 1)),
                 }
             )
@@ -293,18 +320,37 @@ def _run_chunks(runner: Runner, chunks: Chunks) -> list[np.ndarray]:
     return list(np.concatenate(logits, axis=1))
 
 
+Yardstick = Callable[[Callable[[Trace], list[np.ndarray]]], np.ndarray]  # eager's error of what is picked of a trace
+
+
 def judge(
-    case: Case, target: TargetTrace, truth: Trace, eager: Trace, greedy_truth: Sequence[np.ndarray], dtype: str
+    case: Case,
+    target: TargetTrace,
+    truth: Trace,
+    eager: Trace,
+    greedy_truth: Sequence[np.ndarray],
+    dtype: str,
+    swapped: Trace | None = None,
 ) -> list[Rung]:
     """Compare the target with the truth, by eager's own error.
 
     Args:
         greedy_truth: per row [steps, V], the true logits before each token that the target chose.
         dtype: what the target computes in.
+        swapped: the truth with every choice that rounding could turn made the other way, for models that choose
+            experts or keys; how far it lies from the truth counts as eager's error.
     """
+
     # One position's error says little about another's, so eager's errors at all positions make one yardstick; and a
     # rung may be a single position, so its root mean square is measured against the worst position's.
-    yardstick = _errors(_all_logits(eager), _all_logits(truth))
+    def errors(pick: Callable[[Trace], list[np.ndarray]]) -> np.ndarray:
+        of_eager = _errors(pick(eager), pick(truth))
+        if swapped is None:
+            return of_eager
+        of_swapped = _errors(pick(swapped), pick(truth))
+        return np.where(np.abs(of_swapped) > np.abs(of_eager), of_swapped, of_eager)
+
+    yardstick = errors(_all_logits)
     vocab_size = truth.far_logits.shape[-1]
     worst_rms = max(_rms(position) for position in yardstick.reshape(-1, vocab_size))
 
@@ -320,7 +366,7 @@ def judge(
         decode = rung(f"{case.forced.shape[1]} decode steps", lambda trace: [logits[1:] for logits in trace.logits])
         rungs.append(_with_top1(decode, case, target, truth))
     rungs.append(judge_greedy(case, target, greedy_truth, max(rung.max_limit for rung in rungs)))
-    rungs.append(_cache_rung(case, target, truth, eager, dtype))
+    rungs.append(_cache_rung(case, target, truth, errors, dtype))
     intact = target.tail_intact
     rungs.append(
         Rung(
@@ -410,14 +456,16 @@ def compare(name: str, target: np.ndarray, truth: np.ndarray, eager: np.ndarray,
     return _rung(name, [target], [truth], _errors([eager], [truth]), dtype)
 
 
-def _cache_rung(case: Case, target: Trace, truth: Trace, eager: Trace, dtype: str) -> Rung:
-    """Every cache tensor by its own scale; the worst one stands for all."""
+def _cache_rung(case: Case, target: TargetTrace, truth: Trace, errors: Yardstick, dtype: str) -> Rung:
+    """Every tensor of the state by its own scale; the worst one stands for all."""
     rungs = []
-    for index in range(len(truth.cache[0])):
-        part = "value" if index % 2 else "key"
-        ours, exact, own = ([trace.cache[row][index] for row in _rows(case)] for trace in (target, truth, eager))
-        rung = _rung("written cache", ours, exact, _errors(own, exact), dtype)
-        rungs.append(dataclasses.replace(rung, note=f"worst: present.{index // 2}.{part}"))
+    for index, name in enumerate(target.cache_names):
+
+        def pick(trace: Trace, index: int = index) -> list[np.ndarray]:
+            return [trace.cache[row][index] for row in _rows(case)]
+
+        rung = _rung("written cache", pick(target), pick(truth), errors(pick), dtype)
+        rungs.append(dataclasses.replace(rung, note=f"worst: {name}"))
     return max(rungs, key=lambda rung: (not rung.passed, rung.max_error / rung.max_limit if rung.max_limit else 0.0))
 
 

@@ -33,10 +33,10 @@ class Runner(Protocol):
         """Run the graph on every input but the cache, which is updated in place; return logits float32 [B, n, V]."""
 
     def read_cache(self, index: int) -> np.ndarray:
-        """A float32 copy of cache tensor `index` in CacheSpec.past_names order: [B, kv_heads, max_len, head_dim]."""
+        """A float32 copy of tensor `index` of CacheSpec.tensors; a cache is [B, kv_heads, max_len, head_dim]."""
 
     def fill_cache(self, value: float) -> None:
-        """Set every number of the cache to `value`."""
+        """Set every slot of every cache to `value`; sums, which have no slots, keep what they hold."""
 
     def close(self) -> None:
         """Release memory; the runner cannot be used afterwards."""

@@ -4,8 +4,9 @@ ONNX names, dynamic shapes of torch.export, TensorRT profiles and feed checks ar
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from runtimes.errors import FeedError
 DTYPE_BYTES = {"int64": 8, "int32": 4, "float32": 4, "float16": 2, "bfloat16": 2, "bool": 1}
 
 Shape = tuple[int | str, ...]
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,39 +37,95 @@ class DimRange:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CacheSpec:
-    """The static key/value cache: per layer a key and a value of [batch_size, kv_heads, max_len, head_dim]."""
+class StateSpec:
+    """One tensor that a layer carries from call to call."""
 
-    layers: int
-    kv_heads: int
-    max_len: int
-    head_dim: int
+    layer: int
+    name: str  # key, value; numerator, ..
     dtype: str
+    shape: tuple[int, ...]  # of one row
+    slot_axis: int | None  # which axis of `shape` counts cache slots; None: it sums over all tokens so far
 
-    def past_names(self) -> list[str]:
-        """Input names, key then value, layer by layer; present_names is parallel to it."""
-        return [f"past_key_values.{i}.{part}" for i in range(self.layers) for part in ("key", "value")]
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
-    def present_names(self) -> list[str]:
-        """Output names."""
-        return [f"present.{i}.{part}" for i in range(self.layers) for part in ("key", "value")]
-
-    def array_shape(self, batch_size: int) -> tuple[int, int, int, int]:
-        """Shape of each cache tensor for `batch_size` rows."""
-        return (batch_size, self.kv_heads, self.max_len, self.head_dim)
+    def array_shape(self, batch_size: int) -> tuple[int, ...]:
+        """Its shape for `batch_size` rows."""
+        return (batch_size, *self.shape)
 
     def symbolic_shape(self) -> Shape:
         """The same with the dynamic batch dimension."""
-        return ("batch_size", self.kv_heads, self.max_len, self.head_dim)
+        return ("batch_size", *self.shape)
+
+    def slots(self, array: np.ndarray, row: int, first: int, end: int | None) -> np.ndarray:
+        """A view of the slots first .. end of one row of the tensor; [.., slots, ..] without the batch axis."""
+        assert self.slot_axis is not None
+        index: list[slice] = [slice(None)] * len(self.shape)
+        index[self.slot_axis] = slice(first, end)
+        return array[row][tuple(index)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheSpec:
+    """The decoding state of all layers, layer by layer: static caches of max_len slots, and sums that have none.
+
+    Softmax attention has a key and a value of [batch_size, kv_heads, max_len, head_dim].
+    """
+
+    max_len: int
+    dtype: str  # the model's; sums may be wider
+    tensors: tuple[StateSpec, ...]
+
+    def past_names(self) -> list[str]:
+        """Input names; present_names is parallel to it."""
+        return [f"past_key_values.{tensor.layer}.{tensor.name}" for tensor in self.tensors]
+
+    def present_names(self) -> list[str]:
+        """Output names."""
+        return [f"present.{tensor.layer}.{tensor.name}" for tensor in self.tensors]
+
+    def by_layer(self, items: Sequence[T]) -> list[tuple[T, ...]]:
+        """One item for each tensor, grouped by layer."""
+        groups: dict[int, list[T]] = {}
+        for tensor, item in zip(self.tensors, items, strict=True):
+            groups.setdefault(tensor.layer, []).append(item)
+        return [tuple(group) for group in groups.values()]
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes that one token of one row takes, over all layers."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
+        return sum(tensor.row_bytes for tensor in self.tensors if tensor.slot_axis is not None) // self.max_len
+
+    @property
+    def bytes_per_row(self) -> int:
+        """Bytes that a row takes however long it is: sums."""
+        return sum(tensor.row_bytes for tensor in self.tensors if tensor.slot_axis is None)
 
     def nbytes(self, batch_size: int) -> int:
-        """Bytes of the whole cache for `batch_size` rows."""
-        return batch_size * self.max_len * self.bytes_per_token
+        """Bytes of the whole state for `batch_size` rows."""
+        return batch_size * sum(tensor.row_bytes for tensor in self.tensors)
+
+    def check(self) -> None:
+        """ValueError when a tensor is not what a state can be."""
+        for tensor in self.tensors:
+            sizes = (*tensor.shape, self.max_len)
+            if not all(type(size) is int and size > 0 for size in sizes) or type(tensor.layer) is not int:
+                raise ValueError("sizes must be whole numbers above 0")
+            if not {tensor.dtype, self.dtype} <= DTYPE_BYTES.keys():
+                raise ValueError(f"unknown dtype {tensor.dtype!r}")
+            axis = tensor.slot_axis
+            if axis is not None and not (0 <= axis < len(tensor.shape) and tensor.shape[axis] == self.max_len):
+                raise ValueError(f"axis {axis} of {tensor.name} does not count {self.max_len} slots")
+        if not self.tensors:
+            raise ValueError("there is no decoding state")
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "CacheSpec":
+        """The inverse of dataclasses.asdict."""
+        tensors = tuple(StateSpec(**tensor | {"shape": tuple(tensor["shape"])}) for tensor in data["tensors"])
+        return cls(**{**data, "tensors": tensors})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,6 +136,7 @@ class GraphSignature:
     outputs: tuple[TensorSpec, ...]
     dims: Mapping[str, DimRange]
     aliases: Mapping[str, str]  # {output name: input name}
+    limits: Mapping[str, int]  # {input name: its numbers are below this}
 
     def check_feeds(self, feeds: Mapping[str, np.ndarray]) -> dict[str, int]:
         """Check some inputs against the signature; return the sizes of the dynamic dimensions they fix.
@@ -125,6 +184,8 @@ class GraphSignature:
                 raise ValueError(f"the range of dimension {name} is not one: {numbers}")
         if not specs.issuperset([*self.aliases.keys(), *self.aliases.values()]):
             raise ValueError("an alias names no tensor")
+        if not specs.issuperset(self.limits) or not all(type(limit) is int for limit in self.limits.values()):
+            raise ValueError("a limit is not a number, or names no tensor")
 
     def to_json(self) -> dict[str, Any]:
         """As plain data, for manifest.json."""
@@ -138,6 +199,7 @@ class GraphSignature:
             outputs=tuple(_tensor_spec(spec) for spec in data["outputs"]),
             dims={name: DimRange(**sizes) for name, sizes in data["dims"].items()},
             aliases=dict(data["aliases"]),
+            limits=dict(data["limits"]),
         )
 
 

@@ -37,10 +37,10 @@ def check_step(
     sizes = signature.check_feeds(feeds)
     if sizes["batch_size"] != batch_size:
         raise FeedError(f"batch_size is {sizes['batch_size']}, but reset made a cache for {batch_size}")
-    (logits,) = (spec for spec in signature.outputs if spec.name == "logits")
-    _check_range(feeds, "input_ids", int(logits.shape[-1]), "the vocabulary")
+    limits = signature.limits
+    _check_range(feeds, "input_ids", limits["input_ids"], "the vocabulary")
     _check_range(feeds, "logit_indices", sizes["sequence_length"], "this call's tokens")
-    _check_range(feeds, "position_ids", np.iinfo(np.int64).max, "the positions")
+    _check_range(feeds, "position_ids", limits.get("position_ids", np.iinfo(np.int64).max), "the positions")
     mask = feeds["attention_mask"] != 0
     nearest = np.where(mask.any(axis=1), mask.argmax(axis=1), np.iinfo(np.int64).max)
     if (blind := nearest > feeds["position_ids"].min(axis=1)).any():  # softmax over nothing: NaN, or anything else

@@ -5,6 +5,7 @@ multiple of MASK_BUCKET, and one graph serves all the steps of a bucket.
 """
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,7 +16,7 @@ from runtimes.artifact import Artifact
 from runtimes.cuda import cuda_device_count
 from runtimes.errors import ArtifactError, EngineLoadError, FeedError, RuntimeMissingError
 from runtimes.runner import Feeds
-from runtimes.signature import DTYPE_BYTES, CacheSpec, GraphSignature
+from runtimes.signature import CacheSpec, GraphSignature, StateSpec
 from runtimes.step_checks import check_reset, check_step
 from runtimes.tensorrt_api import get_logger, import_tensorrt
 
@@ -65,6 +66,11 @@ class Cuda:
         kind = self.api.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self.call(self.api.cudaMemcpyAsync, array.ctypes.data, source, array.nbytes, kind, self.stream)
         self.synchronize()
+
+    def copy(self, target: int, source: int, nbytes: int) -> None:
+        """Copy device memory to device memory, in stream order."""
+        kind = self.api.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        self.call(self.api.cudaMemcpyAsync, target, source, nbytes, kind, self.stream)
 
     def synchronize(self) -> None:
         """Wait for everything in the stream."""
@@ -209,14 +215,14 @@ class TensorRTRunner:
         self._cuda.synchronize()
         self._batch_size = 0  # until the cache is whole
         self._drop_graph()
-        shape = self.cache_spec.array_shape(batch_size)
-        nbytes = int(np.prod(shape)) * DTYPE_BYTES[self.cache_spec.dtype]
-        for past, present in zip(self.cache_spec.past_names(), self.cache_spec.present_names(), strict=True):
+        for past, present, tensor in self._state():
+            nbytes = batch_size * tensor.row_bytes
             address = self._buffers.get(past, nbytes)
             self._cuda.call(self._cuda.api.cudaMemsetAsync, address, 0, nbytes, self._cuda.stream)
+            updated = address if present in self.signature.aliases else self._buffers.get(present, nbytes)
             for context in self._contexts:
-                context.bind(past, address, shape)
-                context.bind(present, address)
+                context.bind(past, address, tensor.array_shape(batch_size))
+                context.bind(present, updated)
         self._cuda.synchronize()
         self._batch_size = batch_size
 
@@ -239,24 +245,36 @@ class TensorRTRunner:
             self._replay(bound)
         else:
             self._enqueue(bound)
+        for past, present, tensor in self._state():
+            if present not in self.signature.aliases:  # sums: the engine still reads the old while it writes the new
+                nbytes = self._batch_size * tensor.row_bytes
+                source, target = self._buffers.get(present, nbytes), self._buffers.get(past, nbytes)
+                self._cuda.copy(target, source, nbytes)
         self._cuda.download(logits, address)
         return logits
 
     def read_cache(self, index: int) -> np.ndarray:
         """See Runner.read_cache."""
         self._require_open()
-        array = np.empty(self.cache_spec.array_shape(self._batch_size), _numpy_dtype(self.cache_spec.dtype))
+        tensor = self.cache_spec.tensors[index]
+        array = np.empty(tensor.array_shape(self._batch_size), _numpy_dtype(tensor.dtype))
         self._cuda.download(array, self._buffers.get(self.cache_spec.past_names()[index], array.nbytes))
         return array.astype(np.float32)
 
     def fill_cache(self, value: float) -> None:
         """See Runner.fill_cache."""
         self._require_open()
-        shape = self.cache_spec.array_shape(self._batch_size)
-        array = np.full(shape, value, np.float32).astype(_numpy_dtype(self.cache_spec.dtype))
-        for past in self.cache_spec.past_names():
-            self._cuda.upload(self._buffers.get(past, array.nbytes), array)
-        self._cuda.synchronize()  # the host array may go
+        arrays = []  # alive until they are uploaded
+        for past, _, tensor in self._state():
+            if tensor.slot_axis is not None:
+                full = np.full(tensor.array_shape(self._batch_size), value, np.float32)
+                arrays.append(full.astype(_numpy_dtype(tensor.dtype)))
+                self._cuda.upload(self._buffers.get(past, arrays[-1].nbytes), arrays[-1])
+        self._cuda.synchronize()
+
+    def _state(self) -> Iterator[tuple[str, str, StateSpec]]:
+        """(input name, output name, tensor) of the decoding state."""
+        return zip(self.cache_spec.past_names(), self.cache_spec.present_names(), self.cache_spec.tensors, strict=True)
 
     def close(self) -> None:
         """Release the engine, its contexts and all device memory."""

@@ -19,6 +19,10 @@ FLOOR_ULPS = 4.0
 # Two logits closer than the largest allowed error may come out in either order: each may be off by that much.
 TOP1_GAP_MULTIPLE = 2.0
 
+# Rounding may decide between two experts (or keys) whose scores differ by less than this many units in the last place:
+# scores have come through every layer before. What all such decisions together can move widens the yardstick.
+NEAR_TIE_ULPS = 32.0
+
 # Distance from 1 to the next number.
 MACHINE_EPSILON = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 

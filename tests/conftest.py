@@ -8,6 +8,7 @@ import pytest
 
 from runtimes.artifact import Artifact, open_artifact
 from runtimes.cuda import cuda_device_count
+from runtimes.signature import CacheSpec, StateSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_LLAMA = ROOT / "examples" / "tiny_llama"
@@ -55,6 +56,21 @@ def tiny_artifacts(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
 def tiny_artifact(tiny_artifacts: Callable[[str], Artifact]) -> Artifact:
     """tiny_llama as fp32 ONNX."""
     return tiny_artifacts("fp32")
+
+
+@pytest.fixture(scope="session")
+def key_value_cache() -> Callable[..., CacheSpec]:
+    """Makes the state of a decoder of softmax attention."""
+
+    def make(*, layers: int, kv_heads: int, max_len: int, head_dim: int, dtype: str = "float32") -> CacheSpec:
+        tensors = tuple(
+            StateSpec(layer=layer, name=name, dtype=dtype, shape=(kv_heads, max_len, head_dim), slot_axis=1)
+            for layer in range(layers)
+            for name in ("key", "value")
+        )
+        return CacheSpec(max_len=max_len, dtype=dtype, tensors=tensors)
+
+    return make
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

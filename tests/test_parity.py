@@ -1,6 +1,5 @@
 """The parity gate: it passes what is right, and catches single subtle faults in graph, weights or runner."""
 
-import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +41,7 @@ def test_a_good_artifact_passes(
     artifact = tiny_artifacts(precision)
     report = _verify(artifact, artifact.folder, tiny_llama, seed)
     assert report.passed, [rung for rung in report.rungs if not rung.passed]
-    assert {"operator attention", "prefill logits", "far-end logits", "8 decode steps", "written cache"} <= {
+    assert {"operator causal attention", "prefill logits", "far-end logits", "8 decode steps", "written cache"} <= {
         rung.name for rung in report.rungs
     }
 
@@ -71,8 +70,8 @@ def _swap_inputs(model: onnx.ModelProto, node: str, first: int, second: int) -> 
 
 
 def _inv_freq(model: onnx.ModelProto, change: Callable[[np.ndarray], np.ndarray]) -> None:
-    (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == "inv_freq")
-    tensor.CopyFrom(numpy_helper.from_array(change(numpy_helper.to_array(tensor)), "inv_freq"))
+    (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name.endswith(".inv_freq"))
+    tensor.CopyFrom(numpy_helper.from_array(change(numpy_helper.to_array(tensor)), tensor.name))
 
 
 def _retype(model: onnx.ModelProto, old: str, new: str) -> None:
@@ -326,10 +325,14 @@ def test_a_greedy_token_must_be_the_best_unless_rounding_decides(tiny_artifact: 
 
 @pytest.mark.parametrize("max_len", [1, 2, 5, 9, 36, 4096])
 @pytest.mark.parametrize("max_batch", [1, 2, 8])
-def test_cases_fit_the_artifact(max_len: int, max_batch: int) -> None:
+@pytest.mark.parametrize("window", [None, 1, 12, 13, 30, 512, 4095, 4096, 10_000])
+@pytest.mark.parametrize("free_positions", [True, False])
+def test_cases_fit_the_artifact(
+    max_len: int, max_batch: int, window: int | None, free_positions: bool, key_value_cache: Callable[..., CacheSpec]
+) -> None:
     """However small the cache: no row runs past its end, and the far prompt ends in the last slot."""
-    spec = CacheSpec(layers=1, kv_heads=1, max_len=max_len, head_dim=2, dtype="float32")
-    case = make_case(50, spec, max_batch)
+    spec = key_value_cache(layers=1, kv_heads=1, max_len=max_len, head_dim=2)
+    case = make_case(50, spec, max_batch, window=window, free_positions=free_positions)
     assert 1 <= len(case.prompts) <= max_batch
     assert all(1 <= len(case.row(row)) <= max_len for row in range(len(case.prompts)))
     assert case.far_position + len(case.far_prompt) == max_len
@@ -338,16 +341,35 @@ def test_cases_fit_the_artifact(max_len: int, max_batch: int) -> None:
     rows, length = chunks.tokens.shape
     assert 1 <= rows <= max_batch
     assert sum(chunks.sizes) == length
-    assert chunks.offsets.max() + length <= max_len
-    assert chunks.positions.shape == (rows, length)
+    assert chunks.slots.shape == chunks.positions.shape == (rows, length)
+    assert chunks.slots.min() >= 0
+    assert chunks.slots.max() < max_len
     assert chunks.positions.max() < max_len
+    assert (chunks.positions[:, :-1] == chunks.slots[:, :-1]).all()
+    assert (chunks.positions[:, -1] >= chunks.slots[:, -1]).all()
+    assert free_positions or (chunks.positions == chunks.slots).all()
+    starts = np.cumsum([0, *chunks.sizes[:-1]])
+    for start, size in zip(starts, chunks.sizes, strict=True):
+        assert (np.diff(chunks.slots[:, start : start + size], axis=1) == 1).all()  # one call writes to neighbours
+    assert (np.diff(chunks.slots, axis=1) >= 1).all()
 
 
-def test_large_caches_get_fewer_rows() -> None:
+@pytest.mark.parametrize("window", [13, 30, 300, 512, 4095])
+def test_a_chunked_row_reaches_beyond_a_window(window: int, key_value_cache: Callable[..., CacheSpec]) -> None:
+    """Some of its tokens see all of the first chunk, some a part of it, however long the window is."""
+    spec = key_value_cache(layers=1, kv_heads=1, max_len=4096, head_dim=2)
+    chunks = make_case(50, spec, 8, window=window).chunks
+    first = chunks.slots[0, : chunks.sizes[0]]
+    seen = [int((slot - first < window).sum()) for slot in chunks.slots[0, chunks.sizes[0] :]]
+    assert seen[0] == len(first)
+    assert 0 < seen[-1] < len(first)
+
+
+def test_large_caches_get_fewer_rows(key_value_cache: Callable[..., CacheSpec]) -> None:
     """A cache of 100 GB a row is not made three times."""
-    spec = CacheSpec(layers=80, kv_heads=8, max_len=131072, head_dim=128, dtype="float32")
-    assert len(make_case(50, spec, 8).prompts) == 1
-    assert len(make_case(50, dataclasses.replace(spec, max_len=1024), 8).prompts) == 3
+    sizes = {"layers": 80, "kv_heads": 8, "head_dim": 128}
+    assert len(make_case(50, key_value_cache(max_len=131072, **sizes), 8).prompts) == 1
+    assert len(make_case(50, key_value_cache(max_len=1024, **sizes), 8).prompts) == 3
 
 
 def test_a_summary_without_reports_has_not_passed() -> None:

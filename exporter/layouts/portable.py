@@ -11,18 +11,19 @@ from onnxscript import values
 from torch import Tensor, nn
 
 from exporter.layouts.layout import Layout
-from graphs.attention.causal import LayerCache
 from graphs.config import DecoderConfig
+from graphs.state import LayerState
 from graphs.transformer import TransformerDecoder
 from runtimes.signature import CacheSpec, DimRange, GraphSignature, TensorSpec
 
 OPSET = 24
 IR_VERSION = 12  # ONNX 1.19, which introduced opset 24
+_FLOAT = 1  # onnx.TensorProto.FLOAT
 op = values.Opset("", OPSET)  # onnxscript's own typed opsets end at 23
 
 
 class PortableDecoder(nn.Module):
-    """The decoder with the layout's inputs, in order; the cache is a list of (key, value) per layer."""
+    """The decoder with the layout's inputs, in order; the state is a list with a tuple for each layer."""
 
     def __init__(self, decoder: TransformerDecoder) -> None:
         super().__init__()
@@ -35,8 +36,8 @@ class PortableDecoder(nn.Module):
         write_indices: Tensor,
         attention_mask: Tensor,
         logit_indices: Tensor,
-        past_key_values: list[LayerCache],
-    ) -> tuple[Tensor, list[LayerCache]]:
+        past_key_values: list[LayerState],
+    ) -> tuple[Tensor, list[LayerState]]:
         return self.decoder.step(input_ids, position_ids, write_indices, attention_mask, logit_indices, past_key_values)
 
 
@@ -46,8 +47,16 @@ def signature(config: DecoderConfig, cache: CacheSpec, max_batch: int) -> GraphS
     def spec(name: str, *shape: int | str, dtype: str = "int64") -> TensorSpec:
         return TensorSpec(name=name, dtype=dtype, shape=shape)
 
-    cache_shape = cache.symbolic_shape()
+    def state(names: list[str]) -> list[TensorSpec]:
+        pairs = zip(names, cache.tensors, strict=True)
+        return [spec(name, *tensor.symbolic_shape(), dtype=tensor.dtype) for name, tensor in pairs]
+
     past, present = cache.past_names(), cache.present_names()
+    # A slot is written before it is read, so a cache may be updated in place; a sum is read after its update is made.
+    in_place = [tensor.slot_axis is not None for tensor in cache.tensors]
+    limits = {"input_ids": config.vocab_size}
+    if config.position_limit is not None:
+        limits["position_ids"] = config.position_limit
     length = DimRange(min=1, opt=min(128, cache.max_len), max=cache.max_len)
     return GraphSignature(
         inputs=(
@@ -56,11 +65,11 @@ def signature(config: DecoderConfig, cache: CacheSpec, max_batch: int) -> GraphS
             spec("write_indices", "batch_size"),
             spec("attention_mask", "batch_size", "total_sequence_length"),
             spec("logit_indices", "batch_size", "n"),
-            *(spec(name, *cache_shape, dtype=cache.dtype) for name in past),
+            *state(past),
         ),
         outputs=(
             spec("logits", "batch_size", "n", config.vocab_size, dtype="float32"),
-            *(spec(name, *cache_shape, dtype=cache.dtype) for name in present),
+            *state(present),
         ),
         dims={
             "batch_size": DimRange(min=1, opt=1, max=max_batch),
@@ -68,7 +77,8 @@ def signature(config: DecoderConfig, cache: CacheSpec, max_batch: int) -> GraphS
             "total_sequence_length": length,
             "n": DimRange(min=1, opt=1, max=cache.max_len),
         },
-        aliases=dict(zip(present, past, strict=True)),
+        aliases={new: old for new, old, aliased in zip(present, past, in_place, strict=True) if aliased},
+        limits=limits,
     )
 
 
@@ -77,18 +87,63 @@ def _rms_norm(x: Any, weight: Any, eps: float) -> Any:
 
 
 def _rotary(x: Any, cos: Any, sin: Any, interleaved: bool) -> Any:
-    return op.RotaryEmbedding(x, cos, sin, interleaved=int(interleaved))
+    turned = 2 * cos.shape[-1]
+    partial = {} if turned == x.shape[-1] else {"rotary_embedding_dim": turned}
+    return op.RotaryEmbedding(x, cos, sin, interleaved=int(interleaved), **partial)
 
 
 def _update_kv_cache(cache: Any, new: Any, write_indices: Any) -> Any:
     return op.TensorScatter(cache, new, write_indices, axis=-2, mode="linear")
 
 
-def _attention(q: Any, k: Any, v: Any, mask: Any, scale: float) -> Any:
-    start, axis = op.Constant(value_ints=[0]), op.Constant(value_ints=[2])
+def _attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    mask: Any,
+    scale: float,
+    softcap: float = 0.0,
+    top_k: int = 0,
+    slopes: Any = None,
+    distances: Any = None,
+) -> Any:
+    if softcap or top_k or slopes is not None:
+        return _plain_attention(q, k, v, mask, scale, softcap, top_k, slopes, distances)
+    return op.Attention(q, _active(k, mask), _active(v, mask), mask, scale=scale)[0]
+
+
+def _active(cache: Any, mask: Any) -> Any:
+    """The slots that the mask speaks of."""
     total = op.Shape(mask, start=3, end=4)
-    k_BKTD, v_BKTD = op.Slice(k, start, total, axis), op.Slice(v, start, total, axis)
-    return op.Attention(q, k_BKTD, v_BKTD, mask, scale=scale)[0]
+    return op.Slice(cache, op.Constant(value_ints=[0]), total, op.Constant(value_ints=[2]))
+
+
+def _plain_attention(
+    q: Any, k: Any, v: Any, mask: Any, scale: float, softcap: float, top_k: int, slopes: Any, distances: Any
+) -> Any:
+    """Attention in MatMul and Softmax, in float32, for what the Attention operator cannot say everywhere."""
+    heads, kv_heads, dim = q.shape[1], k.shape[1], q.shape[3]
+    group = heads // kv_heads
+    of_groups = op.Constant(value_ints=[2])
+    q5 = op.Reshape(op.Cast(q, to=_FLOAT), op.Constant(value_ints=[0, kv_heads, group, -1, dim]))
+    k5 = op.Unsqueeze(op.Transpose(op.Cast(_active(k, mask), to=_FLOAT), perm=[0, 1, 3, 2]), of_groups)
+    v5 = op.Unsqueeze(op.Cast(_active(v, mask), to=_FLOAT), of_groups)
+    scores = op.Mul(op.MatMul(q5, k5), op.Constant(value_float=scale))
+    if softcap:
+        cap = op.Constant(value_float=softcap)
+        scores = op.Mul(op.Tanh(op.Div(scores, cap)), cap)
+    if slopes is not None:
+        slopes5 = op.Reshape(slopes, op.Constant(value_ints=[1, kv_heads, group, 1, 1]))
+        scores = op.Sub(scores, op.Mul(slopes5, op.Unsqueeze(distances, op.Constant(value_ints=[1, 2]))))
+    nothing = op.Constant(value_float=float("-inf"))
+    scores = op.Where(op.Unsqueeze(mask, of_groups), scores, nothing)
+    if top_k:
+        padded = op.Pad(scores, op.Constant(value_ints=[0] * 9 + [top_k]), nothing)  # there may be fewer keys
+        best = op.TopK(padded, op.Constant(value_ints=[top_k]), axis=-1)[0]
+        last = [op.Constant(value_ints=[number]) for number in (top_k - 1, top_k, -1)]
+        scores = op.Where(op.Less(scores, op.Slice(best, *last)), nothing, scores)
+    out = op.MatMul(op.Softmax(scores, axis=-1), v5)
+    return op.CastLike(op.Reshape(out, op.Constant(value_ints=[0, heads, -1, v.shape[3]])), q)
 
 
 def _split_heads(x: Any, head_dim: int) -> Any:

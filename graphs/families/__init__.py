@@ -1,42 +1,57 @@
-"""The model families, by Hugging Face `model_type`: one module each, with the functions that `Family` lists."""
+"""The model families, by Hugging Face `model_type`: one module each, with a FAMILY."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Mapping
 from typing import Any
 
-from graphs.config import DecoderConfig, short
 from graphs.errors import CheckpointError
-from graphs.families import llama
-from graphs.transformer import TransformerDecoder
+from graphs.families import (
+    gemma2,
+    gemma3,
+    granite,
+    llama,
+    mistral,
+    mixtral,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+    torchtune,
+    transformer_decoder,
+)
+from graphs.families.family import Family
+from graphs.keys import short
 
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """How one `model_type` is read and built."""
-
-    parse_config: Callable[[Mapping[str, Any]], DecoderConfig]
-    build: Callable[[DecoderConfig], TransformerDecoder]
-    tensor_names: Callable[[DecoderConfig], dict[str, str]]  # {parameter name: checkpoint tensor name}
-    is_ignorable: Callable[[str], bool]  # a tensor that may be present and is not used
-    duplicates: Callable[[DecoderConfig], dict[str, str]]  # {tensor that may be present: the one it must equal}
-
+__all__ = ["FAMILIES", "Family", "find_family"]
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(
-        parse_config=llama.parse_config,
-        build=llama.build,
-        tensor_names=llama.tensor_names,
-        is_ignorable=llama.is_ignorable,
-        duplicates=llama.duplicates,
-    ),
+    "gemma2": gemma2.FAMILY,
+    "gemma3_text": gemma3.FAMILY,
+    "granite": granite.FAMILY,
+    "llama": llama.FAMILY,
+    "mistral": mistral.FAMILY,
+    "mixtral": mixtral.FAMILY,
+    "phi3": phi3.FAMILY,
+    "qwen2": qwen2.FAMILY,
+    "qwen3": qwen3.FAMILY,
+    "qwen3_moe": qwen3_moe.FAMILY,
+    "smollm3": smollm3.FAMILY,
+    "transformer_decoder": transformer_decoder.FAMILY,
 }
 
 
-def find_family(config_json: Mapping[str, Any]) -> Family:
-    """The family for config.json's `model_type`; CheckpointError lists the supported ones."""
+def find_family(config_json: Mapping[str, Any], tensors: Container[str] = ()) -> Family:
+    """The family for config.json's `model_type`; CheckpointError lists the supported ones.
+
+    Args:
+        tensors: names in the checkpoint; they tell a checkpoint that torchtune wrote from one of Hugging Face's.
+    """
     model_type = config_json.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise CheckpointError(
             f"config.json: model_type {short(model_type)} is not supported; supported: {', '.join(sorted(FAMILIES))}"
         )
-    return FAMILIES[model_type]
+    family = FAMILIES[model_type]
+    if torchtune.EMBEDDING in tensors and model_type != "transformer_decoder":
+        return torchtune.with_torchtune_names(model_type, family)
+    return family

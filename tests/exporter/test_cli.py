@@ -333,7 +333,8 @@ def test_inspect_checkpoint_json(x_run: Run, x_tiny: Path) -> None:
     assert facts["layers"] == config["num_hidden_layers"]
     for key in ("model_type", "hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings"):
         assert facts[key] == config[key], key
-    assert "10000" in facts["rope"]
+    assert "10000" in facts["positions"]
+    assert facts["refused"] == []
     per_token = 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
     assert facts["cache_bytes_per_token_fp32"] == per_token * 4
     assert facts["cache_bytes_per_token_fp16"] == facts["cache_bytes_per_token_bf16"] == per_token * 2
@@ -344,7 +345,7 @@ def test_inspect_checkpoint_text(x_run: Run, x_tiny: Path) -> None:
     facts = json.loads(x_run("inspect", x_tiny, "--json").out)
     ran = x_run("inspect", x_tiny)
     assert (ran.code, ran.err) == (0, "")
-    for key, value in facts.items():
+    for key, value in (facts | {"refused": "nothing"}).items():
         shown = f"{value:,}" if isinstance(value, int) else str(value)
         assert re.search(rf"{key.replace('_', ' ')} +{re.escape(shown)}", ran.out), key
 

@@ -129,15 +129,18 @@ def test_broken_index(refuses_export: Callable[..., str], x_copy: Callable[..., 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "gpt2"}, ('model_type "gpt2" is not supported', "supported: llama")),
+        ({"model_type": "gpt2"}, ('model_type "gpt2" is not supported', "supported: ", "granite, llama, mistral,")),
         ({"model_type": None}, ("model_type null is not supported",)),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, ('rope type "yarn"', "default, linear, llama3")),
+        (
+            {"rope_scaling": {"rope_type": "su", "factor": 2.0}},
+            ('rope type "su"', "default, linear, dynamic, llama3, yarn, longrope"),
+        ),
         (
             {"num_attention_heads": 4, "num_key_value_heads": 3},
             ("num_heads (4) must be a multiple of num_kv_heads (3)",),
         ),
         ({"num_attention_heads": 3}, ("hidden_size (128) must be a multiple of num_attention_heads (3)",)),
-        ({"hidden_act": "gelu"}, ("hidden_act", '"gelu"', "silu")),
+        ({"hidden_act": "gelu_fast"}, ("hidden_act", '"gelu_fast"', '"silu"', '"gelu_pytorch_tanh"')),
         ({"sliding_window": 64}, ("sliding_window = 64 changes the maths",)),
         ({"num_hidden_layers": 0}, ("num_hidden_layers must be an integer from 1", "found 0")),
         ({"vocab_size": "100"}, ("vocab_size must be an integer", '"100"')),
@@ -437,7 +440,7 @@ def edit_manifest(artifact: Path, change: Callable[[dict[str, Any]], object]) ->
 def test_manifest_of_another_version(refuses: Callable[..., str], x_artifact: Path) -> None:
     """The message gives both versions."""
     edit_manifest(x_artifact, lambda manifest: manifest.update(schema_version=99))
-    refuses(["inspect", x_artifact], "schema version 99, this program reads 1", "export again")
+    refuses(["inspect", x_artifact], "schema version 99, this program reads 2", "export again")
 
 
 def test_truncated_manifest(refuses: Callable[..., str], x_artifact: Path) -> None:
@@ -459,9 +462,21 @@ def test_manifest_that_points_elsewhere(refuses: Callable[..., str], x_artifact:
 
 
 DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
-    "cache without a number": lambda m: m["cache"].update(kv_heads="2"),
+    "cache without a number": lambda m: m["cache"]["tensors"][0]["shape"].__setitem__(0, "2"),
     "cache of an unknown dtype": lambda m: m["cache"].update(dtype="float8"),
     "cache of another length": lambda m: m["cache"].update(max_len=129),
+    "cache of no tensors": lambda m: m["cache"].update(tensors=[]),
+    "cache without a tensor": lambda m: m["cache"]["tensors"].pop(),
+    "a cache tensor of an unknown dtype": lambda m: m["cache"]["tensors"][0].update(dtype="float8"),
+    "a cache tensor of another dtype": lambda m: m["cache"]["tensors"][0].update(dtype="float16"),
+    "a cache tensor of another shape": lambda m: m["cache"]["tensors"][0]["shape"].__setitem__(0, 3),
+    "a cache tensor without a shape": lambda m: m["cache"]["tensors"][0].update(shape=None),
+    "a cache tensor of no layer": lambda m: m["cache"]["tensors"][0].update(layer=99),
+    "slots along another axis": lambda m: m["cache"]["tensors"][0].update(slot_axis=0),
+    "slots along a text": lambda m: m["cache"]["tensors"][0].update(slot_axis="1"),
+    "a limit from a text": lambda m: m["graphs"]["decoder"]["signature"]["limits"].update(input_ids="100"),
+    "a limit of no tensor": lambda m: m["graphs"]["decoder"]["signature"]["limits"].update(x=1),
+    "no limit for the tokens": lambda m: m["graphs"]["decoder"]["signature"]["limits"].pop("input_ids"),
     "no graphs": lambda m: m.update(graphs={}),
     "graph in no file": lambda m: m["graphs"]["decoder"].update(file="other.onnx"),
     "a dimension without a range": lambda m: m["graphs"]["decoder"]["signature"]["dims"].pop("batch_size"),
@@ -525,7 +540,7 @@ def test_verify_against_another_model(
 ) -> None:
     """The message names what differs; and --reference has to be a checkpoint."""
     other = x_copy("other", rms_norm_eps=1e-4, rope_theta=5000.0)
-    refuses(["verify", x_artifact, "--reference", other], "other is another model than", "rms_norm_eps, rope")
+    refuses(["verify", x_artifact, "--reference", other], "other is another model than", "layer_kinds.full_attention.rope.theta, norm_eps")
     refuses(["verify", x_artifact, "--reference", tmp_path / "nowhere"], "nowhere does not exist")
 
 

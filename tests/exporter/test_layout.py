@@ -15,12 +15,14 @@ import torch
 from onnx import ModelProto, TensorProto
 from safetensors import safe_open
 
+from exporter.capture import build_on_meta
 from exporter.layouts import LAYOUTS
-from exporter.pipeline import cache_spec, trace
-from exporter.precision import PRECISIONS
+from exporter.pipeline import trace
+from exporter.precision import PRECISIONS, cache_spec
 from exporter.progress import Quiet
 from graphs.checkpoint import open_checkpoint
-from graphs.families import find_family
+from graphs.config import DecoderConfig
+from graphs.families import Family, find_family
 from graphs.loading import check_weights
 
 PRECISION_NAMES = ("fp32", "fp16", "bf16")
@@ -35,7 +37,7 @@ ALLOWED_OPERATORS = {
 }
 
 MODULES = re.compile(  # the paths of torchtune's modules, which name the nodes
-    r"(tok_embeddings|norm|output|layers\.\d+(\.(sa_norm|mlp_norm|mlp(\.w[123])?|attn(\.(q|k|v|output)_proj)?))?)?"
+    r"(tok_embeddings|norm|output|layers\.\d+(\.(sa_norm|mlp_norm|mlp(\.w[123]|\.activation)?|attn(\.(q|k|v|output)_proj)?))?)?"
 )
 
 
@@ -236,6 +238,7 @@ def test_nodes_are_named_after_modules(model: ModelProto) -> None:
     for expected in (
         *("tok_embeddings/Gather", "layers.0.attn.q_proj/MatMul", "layers.2.mlp.w2/MatMul", "output/MatMul"),
         *("layers.1.sa_norm/RMSNormalization", "norm/RMSNormalization", "layers.2.attn/Attention"),
+        *("layers.0.mlp.activation/Sigmoid", "layers.0.mlp/Mul"),
     ):
         assert expected in names
 
@@ -318,12 +321,13 @@ def test_external_data_is_what_the_safetensors_library_reads(x_graphs: Callable[
 def test_small_constants_only_in_the_graph(model: ModelProto) -> None:
     """What is stored in the graph itself is the rotary frequencies and shapes of a few numbers; none is repeated."""
     inline = [tensor for tensor in model.graph.initializer if tensor.data_location != TensorProto.EXTERNAL]
-    frequencies = next(tensor for tensor in inline if tensor.name == "inv_freq")
+    (frequencies,) = [tensor for tensor in inline if tensor.name.endswith("inv_freq")]
+    assert re.fullmatch(r"layers\.\d\.attn\.pos_embeddings\.inv_freq", frequencies.name)  # which all layers share
     expected = 1.0 / 10000.0 ** (torch.arange(0, HEAD_DIM, 2).double() / HEAD_DIM)
     found = torch.from_numpy(onnx.numpy_helper.to_array(frequencies).copy()).double()
     assert frequencies.data_type == TensorProto.FLOAT
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
-    others = [tensor for tensor in inline if tensor.name != "inv_freq"]
+    others = [tensor for tensor in inline if tensor.name != frequencies.name]
     assert all(onnx.numpy_helper.to_array(tensor).size <= 4 for tensor in others)
     contents = [
         (tensor.data_type, tuple(tensor.dims), onnx.numpy_helper.to_array(tensor).tobytes()) for tensor in others
@@ -348,9 +352,7 @@ def test_tracing_reads_no_weight(x_copy: Callable[..., Path]) -> None:
     config = family.parse_config(checkpoint.config)
     check_weights(family, config, checkpoint)
     (folder / "model.safetensors").unlink()
-    precision = PRECISIONS["fp32"]
-    signature = LAYOUTS["portable"].signature(config, cache_spec(config, MAX_LEN, precision), 8)
-    model = trace(family, config, "portable", precision, signature, Quiet())
+    model = lowered(family, config)
     weights = [value for name, value in model.graph.initializers.items() if name.startswith("model.")]
     assert len(weights) == len(checkpoint.tensors)
     assert all(value.const_value is None for value in weights)
@@ -381,12 +383,16 @@ def test_manifest_repeats_the_graphs_interface(x_graphs: Callable[[str], Path], 
         for layer in range(LAYERS)
         for part in ("key", "value")
     }
-    assert manifest["cache"] | {"dtype": ""} == {
-        "layers": LAYERS,
-        "kv_heads": KV_HEADS,
+    assert signature["limits"] == {"input_ids": VOCAB}
+    dtype = PRECISIONS[precision].dtype
+    assert manifest["cache"] == {
         "max_len": MAX_LEN,
-        "head_dim": HEAD_DIM,
-        "dtype": "",
+        "dtype": dtype,
+        "tensors": [
+            {"layer": layer, "name": name, "dtype": dtype, "shape": [KV_HEADS, MAX_LEN, HEAD_DIM], "slot_axis": 1}
+            for layer in range(LAYERS)
+            for name in ("key", "value")
+        ],
     }
 
 
@@ -395,7 +401,15 @@ def traced(folder: Path, *, max_len: int = MAX_LEN, interleaved: bool = False) -
     checkpoint = open_checkpoint(folder)
     family = find_family(checkpoint.config)
     config = family.parse_config(checkpoint.config)
-    config = dataclasses.replace(config, rope=dataclasses.replace(config.rope, interleaved=interleaved))
-    precision = PRECISIONS["fp32"]
-    signature = LAYOUTS["portable"].signature(config, cache_spec(config, max_len, precision), 8)
-    return trace(family, config, "portable", precision, signature, Quiet())
+    kind = config.layer_kinds["full_attention"]
+    assert kind.rope is not None
+    kind = dataclasses.replace(kind, rope=dataclasses.replace(kind.rope, interleaved=interleaved))
+    return lowered(family, dataclasses.replace(config, layer_kinds={"full_attention": kind}), max_len)
+
+
+def lowered(family: Family, config: DecoderConfig, max_len: int = MAX_LEN) -> ir.Model:
+    """The fp32 graph of a decoder, without weights."""
+    layout = LAYOUTS["portable"]
+    decoder = build_on_meta(config, torch.float32)
+    cache = cache_spec(decoder, max_len, PRECISIONS["fp32"])
+    return trace(decoder, layout, layout.signature(config, cache, 8), cache, family.tensor_names(config), Quiet())

@@ -204,7 +204,7 @@ def save(path: Path, nodes: list[Any], inputs: list[Any], outputs: list[Any]) ->
 
     one = DimRange(min=1, opt=1, max=1)
     dims = {"batch_size": one, "sequence_length": one, "n": one}
-    return GraphSignature(inputs=specs(inputs), outputs=specs(outputs), dims=dims, aliases={})
+    return GraphSignature(inputs=specs(inputs), outputs=specs(outputs), dims=dims, aliases={}, limits={})
 
 
 def value(name: str, *shape: int, dtype: int = TensorProto.FLOAT16) -> Any:
@@ -234,7 +234,7 @@ def test_a_refused_graph_names_node_and_operator(tmp_path: Path) -> None:
 def test_a_file_that_is_no_graph(tmp_path: Path) -> None:
     """The library's own words."""
     (tmp_path / "graph.onnx").write_bytes(b"this is no protobuf")
-    signature = GraphSignature(inputs=(), outputs=(), dims={}, aliases={})
+    signature = GraphSignature(inputs=(), outputs=(), dims={}, aliases={}, limits={})
     with pytest.raises(ExportError, match=r"graph\.onnx: .*[Nn]etwork must have at least one output"):
         build_engine(TARGET, tmp_path / "graph.onnx", tmp_path / "e", signature, gpu_archs=(), progress=Quiet())
 

@@ -20,7 +20,7 @@ from exporter.errors import ExportError
 from exporter.pipeline import ExportRequest, export
 from exporter.precision import PRECISIONS
 from exporter.weights import WeightPlan, plan_weights, write_weights
-from graphs.checkpoint import open_checkpoint
+from graphs.checkpoint import TensorRef, open_checkpoint
 from runtimes.artifact import open_artifact
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -50,12 +50,17 @@ def shard(folder: Path, parts: Iterable[Iterable[str]], extra: dict[str, Tensor]
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def refs(names: Iterable[str]) -> list[TensorRef]:
+    """Parameters that are whole tensors each."""
+    return [TensorRef(name) for name in names]
+
+
 def write(
     folder: Path, out: Path, precision: str, mode: str = "copy", names: Iterable[str] | None = None
 ) -> tuple[WeightPlan, list[str], list[int]]:
     """Plan and write; (plan, names of the files written, bytes reported to the progress display)."""
     checkpoint = open_checkpoint(folder)
-    plan = plan_weights(checkpoint, checkpoint.tensors if names is None else names, PRECISIONS[precision], mode)
+    plan = plan_weights(checkpoint, refs(checkpoint.tensors if names is None else names), PRECISIONS[precision], mode)
     out.mkdir()
     reported: list[int] = []
     files = write_weights(plan, lambda name: out / name, reported.append)
@@ -244,7 +249,7 @@ def test_a_checkpoint_that_shrinks_is_noticed(tmp_path: Path) -> None:
     """A file that is cut short between opening and reading is an error, not garbage."""
     folder = make_checkpoint(tmp_path / "source", {"t": torch.ones(1000)})
     checkpoint = open_checkpoint(folder)
-    plan = plan_weights(checkpoint, ["t"], PRECISIONS["fp16"], "copy")
+    plan = plan_weights(checkpoint, refs(["t"]), PRECISIONS["fp16"], "copy")
     os.truncate(folder / "model.safetensors", 500)
     (tmp_path / "out").mkdir()
     with pytest.raises(ExportError, match=r"ended while t was being read"):
@@ -257,8 +262,8 @@ def test_a_checkpoint_that_shrinks_is_noticed(tmp_path: Path) -> None:
 def test_reference_plans_nothing_to_write(x_tiny: Path) -> None:
     """Nothing is copied or cast, and the tensors lie where the safetensors library finds them."""
     checkpoint = open_checkpoint(x_tiny)
-    plan = plan_weights(checkpoint, checkpoint.tensors, PRECISIONS["fp32"], "reference")
-    assert (plan.copies, plan.casts, plan.nbytes) == ((), (), 0)
+    plan = plan_weights(checkpoint, refs(checkpoint.tensors), PRECISIONS["fp32"], "reference")
+    assert (plan.copies, plan.casts, plan.nbytes) == ((), {}, 0)
     data = (x_tiny / "model.safetensors").read_bytes()
     for name, tensor in load_file(x_tiny / "model.safetensors").items():
         placed = plan.placed[name]
@@ -269,7 +274,7 @@ def test_reference_refuses_casts(x_tiny: Path) -> None:
     """The message counts and names the tensors that would have to be cast, and says what to do."""
     checkpoint = open_checkpoint(x_tiny)
     with pytest.raises(ExportError) as error:
-        plan_weights(checkpoint, checkpoint.tensors, PRECISIONS["fp16"], "reference")
+        plan_weights(checkpoint, refs(checkpoint.tensors), PRECISIONS["fp16"], "reference")
     message = str(error.value)
     assert "29 of 29 tensors differ" in message
     assert "model.embed_tokens.weight is F32" in message
@@ -282,7 +287,7 @@ def test_reference_refuses_links(tmp_path: Path, x_tiny: Path) -> None:
     (tmp_path / "model.safetensors").symlink_to(x_tiny / "model.safetensors")
     checkpoint = open_checkpoint(tmp_path)
     with pytest.raises(ExportError, match=r"model\.safetensors is a symbolic link.*--weights copy"):
-        plan_weights(checkpoint, checkpoint.tensors, PRECISIONS["fp32"], "reference")
+        plan_weights(checkpoint, refs(checkpoint.tensors), PRECISIONS["fp32"], "reference")
 
 
 def test_links_are_copied_by_content(tmp_path: Path, x_tiny: Path) -> None:

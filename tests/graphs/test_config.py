@@ -9,13 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import LlamaConfig
+from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from graphs.config import HARMLESS_KEYS, MATHS_KEYS, MAX_LAYERS, ROPE_FIELDS, DecoderConfig, RopeConfig, read_json
+from graphs.build import build_decoder
+from graphs.config import DecoderConfig, LayerKind, RopeConfig
 from graphs.errors import CheckpointError
 from graphs.families import FAMILIES, find_family, llama
-from graphs.positions import ROPE_TYPES, inverse_frequencies
+from graphs.keys import HARMLESS_KEYS, MATHS_KEYS, MAX_LAYERS, read_json
+from graphs.layers import ACTIVATION_ALIASES, ACTIVATIONS
+from graphs.positions import ROPE_TYPES, RotaryPositionalEmbeddings, inverse_frequencies
+from graphs.rope_config import ROPE_READERS
 
 # Every key that a Llama 3.2 config.json of Hugging Face holds and that the decoder needs.
 COMPLETE: dict[str, Any] = {
@@ -43,6 +49,20 @@ LLAMA3_ROPE: dict[str, Any] = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+# A rope of each type with the keys that it cannot do without, for COMPLETE's heads of 16.
+ROPES: dict[str, dict[str, Any]] = {
+    "default": {"rope_type": "default"},
+    "linear": {"rope_type": "linear", "factor": 2.5},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.5},
+    "llama3": LLAMA3_ROPE,
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+    "longrope": {
+        "rope_type": "longrope",
+        "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
+        "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0],
+        "original_max_position_embeddings": 128,
+    },
+}
 DEEP = json.loads("[" * 300 + "1" + "]" * 300)
 
 
@@ -50,6 +70,14 @@ def parse(without: str = "", **changes: Any) -> DecoderConfig:
     raw = {**COMPLETE, **changes}
     raw.pop(without, None)
     return llama.parse_config(raw)
+
+
+def rope_of(config: DecoderConfig) -> RopeConfig:
+    """The one that all layers share."""
+    assert set(config.layer_types) == set(config.layer_kinds) == {"full_attention"}
+    rope = config.layer_kinds["full_attention"].rope
+    assert rope is not None
+    return rope
 
 
 def refused(message: str, **changes: Any) -> None:
@@ -78,13 +106,17 @@ def test_every_field_comes_from_its_key() -> None:
         num_key_value_heads=2,
         head_dim=16,
         max_position_embeddings=512,
-        rms_norm_eps=1e-5,
-        rope=RopeConfig(theta=500_000.0),
+        layer_types=("full_attention", "full_attention"),
+        layer_kinds={"full_attention": LayerKind(rope=RopeConfig(theta=500_000.0, dim=16))},
+        norm_eps=1e-5,
         tie_word_embeddings=False,
+        attention_scale=0.25,
         attention_bias=True,
+        attention_output_bias=True,
         mlp_bias=True,
     )
     assert parse(attention_bias=True).mlp_bias is False
+    assert parse(mlp_bias=True).attention_output_bias is False
     assert parse().tie_word_embeddings is True
 
 
@@ -97,14 +129,15 @@ def test_defaults_are_transformers_own() -> None:
         "num_key_value_heads",
         "head_dim",
         "max_position_embeddings",
-        "rms_norm_eps",
         "tie_word_embeddings",
         "attention_bias",
         "mlp_bias",
+        "hidden_act",
     ):
         assert getattr(ours, field) == getattr(theirs, field), field
-    assert ours.rope == RopeConfig(theta=theirs.rope_parameters["rope_theta"])
-    assert theirs.hidden_act == "silu"
+    assert ours.norm_eps == theirs.rms_norm_eps
+    assert ours.attention_output_bias == theirs.attention_bias
+    assert rope_of(ours) == RopeConfig(theta=theirs.rope_parameters["rope_theta"], dim=theirs.head_dim)
 
 
 def test_null_means_absent() -> None:
@@ -128,9 +161,19 @@ def test_numbers_may_be_written_as_doubles_or_integers() -> None:
     assert isinstance(parse(hidden_size=64.0).hidden_size, int)
 
 
-@pytest.mark.parametrize("hidden_act", ["silu", "swish"])
-def test_silu_has_two_names(hidden_act: str) -> None:
-    assert parse(hidden_act=hidden_act) == parse()
+@pytest.mark.parametrize("hidden_act", list(ACTIVATIONS))
+def test_activation_is_the_one_that_transformers_has_under_its_name(hidden_act: str) -> None:
+    x = torch.linspace(-6, 6, 1001)
+    activation = build_decoder(parse(hidden_act=hidden_act)).layers[1].mlp.activation
+    torch.testing.assert_close(activation(x), ACT2FN[hidden_act](x), rtol=0, atol=1e-6)
+    assert hidden_act == "relu" or not torch.allclose(activation(x), torch.relu(x), atol=1e-3)
+
+
+@pytest.mark.parametrize("names", [("silu", "swish"), ("gelu_pytorch_tanh", "gelu_new")])
+def test_an_activation_may_have_two_names(names: tuple[str, str]) -> None:
+    x = torch.linspace(-6, 6, 1001)
+    first, second = (build_decoder(parse(hidden_act=name)).layers[0].mlp.activation(x) for name in names)
+    assert torch.equal(first, second)
 
 
 # --- model types -------------------------------------------------------------------------------------------------
@@ -233,14 +276,17 @@ def test_head_dim_must_be_even() -> None:
 # --- keys that change the maths ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("hidden_act", ["gelu", "gelu_new", "relu", "SiLU", "", ["silu"], {}, 1, True])
+@pytest.mark.parametrize(
+    "hidden_act", ["gelu_fast", "quick_gelu", "relu2", "sigmoid", "tanh", "SiLU", "", ["silu"], {}, 1, True]
+)
 def test_other_activations_are_refused(hidden_act: Any) -> None:
-    refused(
-        f'config.json: hidden_act must be one of "silu", "swish", found {json.dumps(hidden_act)}', hidden_act=hidden_act
-    )
+    allowed = ", ".join(f'"{name}"' for name in (*ACTIVATIONS, *ACTIVATION_ALIASES))
+    refused(f"config.json: hidden_act must be one of {allowed}, found {json.dumps(hidden_act)}", hidden_act=hidden_act)
 
 
-# A value with which a relative of Llama computes something else, for every key that MATHS_KEYS lists.
+# Of MATHS_KEYS, those that Llama has itself: what it refuses of them is further below.
+LLAMAS_OWN = {"layer_types"}
+# A value with which a relative of Llama computes something else, for every other key that MATHS_KEYS lists.
 CHANGED: dict[str, Any] = {
     "quantization_config": {"quant_method": "gptq", "bits": 4},
     "sliding_window": 4096,
@@ -273,6 +319,12 @@ CHANGED: dict[str, Any] = {
     "use_parallel_residual": True,
     "is_causal": False,
     "rope_interleaved": True,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "use_bidirectional_attention": True,
+    "norm_topk_prob": True,
+    "mlp_only_layers": [0],
+    "shared_expert_intermediate_size": 512,
+    "rope_local_base_freq": 10_000.0,
 }
 # The value of each key, where it has one, with which nothing changes.
 NEUTRAL: dict[str, Any] = {
@@ -293,11 +345,13 @@ NEUTRAL: dict[str, Any] = {
     "use_parallel_residual": False,
     "is_causal": True,
     "rope_interleaved": False,
+    "use_bidirectional_attention": False,
+    "mlp_only_layers": [],
 }
 
 
 def test_every_maths_key_has_a_value_here() -> None:
-    assert set(MATHS_KEYS) <= set(CHANGED)
+    assert set(MATHS_KEYS) - LLAMAS_OWN == set(CHANGED)
     assert not set(MATHS_KEYS) & HARMLESS_KEYS
 
 
@@ -361,27 +415,52 @@ def styles(rope: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+# What follows from COMPLETE's max_position_embeddings = 512 where the rope's own keys do not say it.
+FOLLOWS: dict[str, dict[str, Any]] = {
+    "dynamic": {"original_max_position_embeddings": 512},
+    "yarn": {"attention_factor": 0.1 * math.log(4.0) + 1.0},
+    "longrope": {"attention_factor": math.sqrt(1 + math.log(512 / 128) / math.log(128))},
+}
+
+
 @pytest.mark.parametrize("style", range(5))
+@pytest.mark.parametrize("rope_type", list(ROPES))
+def test_rope_is_read_in_every_style(rope_type: str, style: int) -> None:
+    rope = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in {**ROPES[rope_type], **FOLLOWS.get(rope_type, {})}.items()
+    }
+    assert rope_of(parse(**styles(ROPES[rope_type])[style])) == RopeConfig(theta=1e4, dim=16, **rope)
+
+
+def test_rope_readers_and_formulas_are_for_the_same_types() -> None:
+    assert set(ROPE_READERS) == set(ROPE_TYPES) == set(ROPES)
+
+
 @pytest.mark.parametrize(
-    "rope",
-    [{"rope_type": "default"}, {"rope_type": "linear", "factor": 2.5}, LLAMA3_ROPE],
-    ids=lambda rope: rope["rope_type"],
+    ("field", "value"),
+    [
+        ("beta_fast", 16.0),
+        ("beta_slow", 2.0),
+        ("truncate", False),
+        ("attention_factor", 1.25),
+        ("original_max_position_embeddings", 64),
+        ("factor", 3.0),
+    ],
 )
-def test_rope_is_read_in_every_style(rope: dict[str, Any], style: int) -> None:
-    assert parse(**styles(rope)[style]).rope == RopeConfig(theta=1e4, **rope)
-
-
-def test_rope_fields_and_formulas_are_for_the_same_types() -> None:
-    assert set(ROPE_FIELDS) == set(ROPE_TYPES)
+def test_yarn_fields_come_from_their_keys(field: str, value: Any) -> None:
+    rope = rope_of(parse(rope_scaling={**ROPES["yarn"], field: value}))
+    assert getattr(rope, field) == value
+    assert getattr(rope_of(parse(rope_scaling=ROPES["yarn"])), field) != value
 
 
 @pytest.mark.parametrize("style", range(5))
-@pytest.mark.parametrize("rope_type", ["yarn", "dynamic", "longrope", "su", "mrope", "Linear", "", 7, ["llama3"], {}])
+@pytest.mark.parametrize("rope_type", ["su", "mrope", "proportional", "Linear", "", 7, ["llama3"], {}])
 def test_unsupported_rope_type_lists_those_supported(rope_type: Any, style: int) -> None:
     changes = styles({"rope_type": rope_type, "factor": 4.0})[style]
     where = "rope_parameters" if style >= 3 else "rope_scaling"
     refused(
-        f"config.json: {where}: rope type {json.dumps(rope_type)} is not supported; supported: default, linear, llama3",
+        f"config.json: {where}: rope type {json.dumps(rope_type)} is not supported; supported: {', '.join(ROPES)}",
         **changes,
     )
 
@@ -389,22 +468,50 @@ def test_unsupported_rope_type_lists_those_supported(rope_type: Any, style: int)
 @pytest.mark.parametrize("null", [False, True])
 @pytest.mark.parametrize("style", range(5))
 @pytest.mark.parametrize(
-    ("rope_type", "field"), [(rope_type, field) for rope_type, fields in ROPE_FIELDS.items() for field in fields]
+    ("rope_type", "field"),
+    [
+        ("linear", "factor"),
+        ("dynamic", "factor"),
+        *(("llama3", field) for field in LLAMA3_ROPE if field != "rope_type"),
+        ("longrope", "short_factor"),
+        ("longrope", "long_factor"),
+    ],
 )
 def test_missing_rope_field_is_named(rope_type: str, field: str, style: int, null: bool) -> None:
-    rope = {"rope_type": rope_type, **{name: LLAMA3_ROPE[name] for name in ROPE_FIELDS[rope_type]}}
+    rope = ROPES[rope_type]
     rope = {**rope, field: None} if null else {name: value for name, value in rope.items() if name != field}
     with pytest.raises(CheckpointError, match=rf"config\.json: rope_.*: {field} must be .*, it is missing"):
         parse(**styles(rope)[style])
 
 
 @pytest.mark.parametrize("value", ["8", True, 0, -1, math.nan, math.inf, [8], {}], ids=str)
-@pytest.mark.parametrize("field", ROPE_FIELDS["llama3"])
-def test_wrong_rope_field_is_named(field: str, value: Any) -> None:
+@pytest.mark.parametrize(
+    ("rope_type", "field"),
+    [
+        *(("llama3", field) for field in LLAMA3_ROPE if field != "rope_type"),
+        ("linear", "factor"),
+        ("dynamic", "factor"),
+        *(("yarn", field) for field in ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")),
+        *(("longrope", field) for field in ROPES["longrope"] if field != "rope_type"),
+    ],
+)
+def test_wrong_rope_field_is_named(rope_type: str, field: str, value: Any) -> None:
     with pytest.raises(
         CheckpointError, match=rf"rope_scaling: {field} must be .*, found {re.escape(json.dumps(value))}"
     ):
-        parse(rope_scaling={**LLAMA3_ROPE, field: value})
+        parse(rope_scaling={**ROPES[rope_type], field: value})
+
+
+@pytest.mark.parametrize("field", ["short_factor", "long_factor"])
+@pytest.mark.parametrize("factors", [[], [1.0] * 7, [1.0] * 9, [1.0] * 7 + [0], [1.0] * 7 + ["1"], [1.0] * 7 + [True]])
+def test_longrope_needs_a_factor_for_each_pair(factors: list[Any], field: str) -> None:
+    message = f"config.json: rope_scaling: {field} must be a list of 8 numbers above 0, found {json.dumps(factors)}"
+    refused(message, rope_scaling={**ROPES["longrope"], field: factors})
+
+
+def test_dynamic_rope_cannot_shrink() -> None:
+    rope = {"rope_type": "dynamic", "factor": 0.5}
+    refused("config.json: rope_scaling: factor must be at least 1 for rope type dynamic, found 0.5", rope_scaling=rope)
 
 
 @pytest.mark.parametrize("style", range(5))
@@ -416,6 +523,9 @@ def test_wrong_rope_field_is_named(field: str, value: Any) -> None:
         ({"rope_type": "linear", "factor": 2.0, "low_freq_factor": 1.0}, "low_freq_factor"),
         ({"rope_type": "default", "factor": 2.0}, "factor"),
         ({"rope_type": "default", "short_factor": [1.0]}, "short_factor"),
+        ({**ROPES["dynamic"], "beta_fast": 32}, "beta_fast"),
+        ({**ROPES["yarn"], "low_freq_factor": 1.0}, "low_freq_factor"),
+        ({**ROPES["longrope"], "short_mscale": 1.2, "long_mscale": 1.3}, "long_mscale, short_mscale"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
@@ -447,7 +557,8 @@ def test_rope_that_is_no_object_is_refused(key: str, value: Any) -> None:
 def test_partial_rotary_inside_rope_is_refused(factor: float) -> None:
     rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": factor}
     refused(f"config.json: rope_parameters: partial_rotary_factor = {factor} changes the maths", rope_parameters=rope)
-    assert parse(rope_parameters={**rope, "partial_rotary_factor": 1.0}).rope == RopeConfig(theta=1e4)
+    whole = parse(rope_parameters={**rope, "partial_rotary_factor": 1.0})
+    assert rope_of(whole) == RopeConfig(theta=1e4, dim=16)
 
 
 @pytest.mark.parametrize(
@@ -480,21 +591,64 @@ def test_partial_rotary_inside_rope_is_refused(factor: float) -> None:
         ),
         pytest.param({"rope_scaling": LLAMA3_ROPE, "partial_rotary_factor": 0.5}, id="partial"),
         pytest.param({"head_dim": 32}, id="head_dim"),
+        pytest.param({"rope_scaling": ROPES["dynamic"]}, id="dynamic"),
+        pytest.param({"rope_scaling": {**ROPES["dynamic"], "factor": 8.0}}, id="dynamic, factor"),
+        pytest.param({"rope_scaling": ROPES["dynamic"], "max_position_embeddings": 100}, id="dynamic, positions"),
+        pytest.param(
+            {"rope_scaling": {**ROPES["dynamic"], "original_max_position_embeddings": 100}}, id="dynamic, original"
+        ),
+        pytest.param({"rope_scaling": ROPES["yarn"]}, id="yarn"),
+        pytest.param({"rope_scaling": {**ROPES["yarn"], "factor": 8.0}}, id="yarn, factor"),
+        pytest.param({"rope_scaling": {**ROPES["yarn"], "factor": None}}, id="yarn, factor from positions"),
+        pytest.param({"rope_scaling": {**ROPES["yarn"], "beta_fast": 8.0, "beta_slow": 0.5}}, id="yarn, betas"),
+        pytest.param({"rope_scaling": {**ROPES["yarn"], "truncate": False}}, id="yarn, not truncated"),
+        pytest.param({"rope_scaling": {**ROPES["yarn"], "attention_factor": 0.7}}, id="yarn, attention factor"),
+        pytest.param({"rope_scaling": {**ROPES["yarn"], "mscale": 0.7, "mscale_all_dim": 0.4}}, id="yarn, mscales"),
+        pytest.param({"rope_scaling": {**ROPES["yarn"], "mscale": 0.7}}, id="yarn, one mscale"),
+        pytest.param({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, id="yarn, original from positions"),
+        pytest.param({"rope_scaling": ROPES["longrope"]}, id="longrope"),
+        pytest.param({"rope_scaling": {**ROPES["longrope"], "factor": 32.0}}, id="longrope, factor"),
+        pytest.param({"rope_scaling": {**ROPES["longrope"], "attention_factor": 1.5}}, id="longrope, attention factor"),
+        pytest.param({"rope_scaling": ROPES["longrope"], "max_position_embeddings": 4096}, id="longrope, positions"),
+        pytest.param(
+            {
+                "rope_scaling": {**ROPES["longrope"], "original_max_position_embeddings": None},
+                "original_max_position_embeddings": 128,
+            },
+            id="longrope, original outside",
+        ),
     ],
 )
 def test_rope_means_what_it_means_in_transformers_or_is_refused(changes: dict[str, Any]) -> None:
-    """Never a third thing: the frequencies are transformers' for the same config.json, or there is an error."""
+    """Never a third thing: frequencies and tables are transformers' for the same config.json, or there is an error."""
     raw = {**COMPLETE, **changes}
-    # transformers changes the dictionaries that it is given
-    theirs = LlamaRotaryEmbedding(LlamaConfig(**json.loads(json.dumps(raw)))).inv_freq
-    unchanged = LlamaRotaryEmbedding(LlamaConfig(**json.loads(json.dumps(COMPLETE)))).inv_freq
-    assert theirs.shape != unchanged.shape or not torch.allclose(theirs, unchanged, rtol=1e-3)
+    theirs, unchanged = hugging_face_tables(raw), hugging_face_tables(COMPLETE)
+    assert theirs[0].shape != unchanged[0].shape or not torch.allclose(theirs, unchanged, atol=1e-3)
     try:
-        config = llama.parse_config(raw)
+        rope = rope_of(llama.parse_config(raw))
     except CheckpointError:
         return
-    ours = inverse_frequencies(config.rope, config.head_dim)
-    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+    short = LlamaRotaryEmbedding(LlamaConfig(**json.loads(json.dumps(raw)))).inv_freq
+    torch.testing.assert_close(inverse_frequencies(rope), short, rtol=1e-6, atol=0)
+    module = RotaryPositionalEmbeddings.from_config(rope, 1000)
+    for length, expected in zip(TEXT_LENGTHS, theirs, strict=True):
+        positions = torch.arange(length - 10, length)[None]
+        found = module.tables(positions, torch.float32, torch.tensor([float(length)]))
+        torch.testing.assert_close(torch.stack(found), expected, rtol=0, atol=3e-4)  # positions * eps
+
+
+TEXT_LENGTHS = (10, 100, 128, 129, 512, 513, 900)  # within and beyond the original contexts
+
+
+def hugging_face_tables(raw: dict[str, Any]) -> Tensor:
+    """[lengths, 2, 1, 10, dim / 2]: cosines and sines of the last ten tokens of texts of those lengths."""
+    tables = []
+    for length in TEXT_LENGTHS:
+        # transformers changes the dictionaries that it is given, and its module remembers the longest text
+        module = LlamaRotaryEmbedding(LlamaConfig(**json.loads(json.dumps(raw))))
+        full = torch.stack(module(torch.empty(0), torch.arange(length - 10, length)[None]))
+        tables.append(full.chunk(2, dim=-1)[0])
+    return torch.stack(tables)
 
 
 @pytest.mark.parametrize(
@@ -534,7 +688,7 @@ def test_rope_keys_that_agree_are_taken(caplog: pytest.LogCaptureFixture) -> Non
 
 def test_most_of_the_above_are_honoured() -> None:
     """The test above would pass if everything were refused."""
-    for rope in (LLAMA3_ROPE, {**LLAMA3_ROPE, "factor": 2.0}, {"rope_type": "linear", "factor": 0.5}):
+    for rope in (*ROPES.values(), {**LLAMA3_ROPE, "factor": 2.0}, {"rope_type": "linear", "factor": 0.5}):
         parse(rope_scaling=rope)
     parse(head_dim=32, rope_theta=1e6)
 
@@ -625,8 +779,13 @@ def test_a_value_as_deep_as_the_parser_lets_pass_is_one_short_message(key: str, 
 JUNK: list[Any] = [
     *(True, False, 0, 1, -1, 2.5, 10**400, math.nan, math.inf, "", "x", "full_attention", "linear"),
     *([], [1], [[]], [None], ["full_attention"], {}, {"x": 1}, {"full_attention": None}),
-    *({"rope_type": value} for value in (None, "default", "linear", "llama3", [], 1)),
+    *({"rope_type": value} for value in (None, "default", "linear", "llama3", "yarn", "dynamic", "longrope", [], 1)),
     *({"rope_type": "linear", "factor": value} for value in (None, "x", 0, 10**400, [], {})),
+    *({**ROPES["dynamic"], "factor": value} for value in (None, "x", 0, 0.5, 10**400, 1e308, [], {})),
+    *({**ROPES["yarn"], "factor": value} for value in (None, "x", 0, 0.5, 1e-308, 10**400, 1e308, [], {})),
+    *({**ROPES["yarn"], "mscale": value, "mscale_all_dim": value} for value in (None, "x", 0, -1, 1e-308, 1e308, [])),
+    *({**ROPES["longrope"], "original_max_position_embeddings": value} for value in (None, "x", 0, 1, 2, 2**31, [])),
+    *({**ROPES["longrope"], "long_factor": value} for value in (None, "x", 0, [], [[1.0]] * 8, [1e308] * 8, {"0": 1})),
     *({"rope_theta": value} for value in (None, "x", 0, -1, 10**400, [], {})),
 ]
 

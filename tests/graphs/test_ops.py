@@ -42,8 +42,9 @@ def loop_rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
 
 
 def loop_rotary(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, interleaved: bool) -> np.ndarray:
-    out = np.empty_like(x)
-    batch, heads, steps, dim = x.shape
+    out = x.copy()
+    batch, heads, steps, _ = x.shape
+    dim = 2 * cos.shape[-1]  # the rest of each head is left alone
     for b, h, s, i in np.ndindex(batch, heads, steps, dim // 2):
         first, second = (2 * i, 2 * i + 1) if interleaved else (i, i + dim // 2)
         turn = complex(cos[b, s, i], sin[b, s, i])  # multiplying by it turns the pair, seen as a complex number
@@ -59,7 +60,17 @@ def loop_update(cache: np.ndarray, new: np.ndarray, write_indices: list[int]) ->
     return out
 
 
-def loop_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray, scale: float) -> np.ndarray:
+def loop_attention(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    mask: np.ndarray,
+    scale: float,
+    softcap: float = 0.0,
+    top_k: int = 0,
+    slopes: np.ndarray | None = None,
+    distances: np.ndarray | None = None,
+) -> np.ndarray:
     batch, heads, queries, _ = q.shape
     group = heads // k.shape[1]
     out = np.zeros((batch, heads, queries, v.shape[-1]))
@@ -67,7 +78,12 @@ def loop_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray
         kv, seen = h // group, mask[b if mask.shape[0] > 1 else 0, 0, s]
         keys = [t for t in range(mask.shape[-1]) if seen[t]]
         scores = [scale * sum(a * c for a, c in zip(q[b, h, s], k[b, kv, t], strict=True)) for t in keys]
-        weights = [math.exp(score - max(scores)) for score in scores]
+        if softcap:
+            scores = [softcap * math.tanh(score / softcap) for score in scores]
+        if slopes is not None and distances is not None:
+            scores = [score - slopes[h] * distances[b, s, t] for score, t in zip(scores, keys, strict=True)]
+        least = sorted(scores)[-top_k:][0] if top_k else -math.inf
+        weights = [math.exp(score - max(scores)) if score >= least else 0.0 for score in scores]
         for weight, t in zip(weights, keys, strict=True):
             out[b, h, s] += weight / sum(weights) * v[b, kv, t]
     return out
@@ -91,8 +107,17 @@ def attention_args(
     return q.to(dtype), k.to(dtype), v.to(dtype), causal(queries, active, batch=2), 0.5
 
 
-def rotary_args(dtype: torch.dtype, interleaved: bool, shape: tuple[int, ...] = (2, 3, 5, 8)) -> tuple[Any, ...]:
-    angles = normal(shape[0], shape[2], shape[3] // 2, seed=2) * 3
+def slopes_and_distances(dtype: torch.dtype, heads: int = 4) -> tuple[Tensor, Tensor]:
+    """For attention_args: a slope for each head, and how far keys lie before queries (in row 1, one farther)."""
+    distances = torch.arange(3)[:, None] + 2 - torch.arange(5)
+    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625])[:heads]
+    return slopes.to(torch.promote_types(dtype, torch.float32)), torch.stack((distances, distances + 1))
+
+
+def rotary_args(
+    dtype: torch.dtype, interleaved: bool, shape: tuple[int, ...] = (2, 3, 5, 8), turned: int | None = None
+) -> tuple[Any, ...]:
+    angles = normal(shape[0], shape[2], (turned or shape[3]) // 2, seed=2) * 3
     return normal(*shape, dtype=dtype), angles.cos().to(dtype), angles.sin().to(dtype), interleaved
 
 
@@ -108,6 +133,8 @@ SAMPLES: dict[Any, dict[str, Sample]] = {
         "interleaved": lambda dtype: rotary_args(dtype, True),
         "one token": lambda dtype: rotary_args(dtype, False, (2, 3, 1, 8)),
         "one pair": lambda dtype: rotary_args(dtype, True, (2, 1, 3, 2)),
+        "part of each head, half": lambda dtype: rotary_args(dtype, False, turned=6),
+        "part of each head, interleaved": lambda dtype: rotary_args(dtype, True, turned=2),
         # what RotaryPositionalEmbeddings.forward passes
         "strided": lambda dtype: (normal(2, 5, 3, 8, dtype=dtype).transpose(1, 2), *rotary_args(dtype, False)[1:]),
     },
@@ -136,6 +163,11 @@ SAMPLES: dict[Any, dict[str, Sample]] = {
         "one token": lambda dtype: attention_args(dtype, queries=1),
         "whole cache": lambda dtype: attention_args(dtype, active=7, capacity=7),
         "shared mask": lambda dtype: (*attention_args(dtype)[:3], causal(3, 5), 0.5),
+        "softcap": lambda dtype: (*attention_args(dtype), 0.7),
+        "two best keys": lambda dtype: (*attention_args(dtype), 0.0, 2),
+        "more best keys than there are": lambda dtype: (*attention_args(dtype), 0.0, 9),
+        "slopes": lambda dtype: (*attention_args(dtype), 0.0, 0, *slopes_and_distances(dtype)),
+        "all of these": lambda dtype: (*attention_args(dtype), 0.7, 2, *slopes_and_distances(dtype)),
     },
     ops.split_heads: {
         "three": lambda dtype: (normal(2, 5, 12, dtype=dtype), 4),
@@ -273,12 +305,18 @@ def test_update_kv_cache_copies_special_values() -> None:
 
 @samples_of(ops.attention)
 def test_attention_is_its_formula(sample: Sample) -> None:
-    q, k, v, mask, scale = sample(torch.float64)
-    expected = loop_attention(array(q), array(k), array(v), mask.numpy(), scale)
-    close(ops.attention(q, k, v, mask, scale), expected, atol=1e-13)
-    q, k, v, mask, scale = sample(torch.float32)
-    expected = loop_attention(array(q), array(k), array(v), mask.numpy(), scale)
-    close(ops.attention(q, k, v, mask, scale), expected, atol=2e-6)
+    for dtype, atol in ((torch.float64, 1e-13), (torch.float32, 2e-6)):
+        args = sample(dtype)
+        close(ops.attention(*args), loop_attention(*(a.numpy() if isinstance(a, Tensor) else a for a in args)), atol)
+
+
+def test_every_argument_of_attention_matters() -> None:
+    """The samples above differ from plain attention, and from each other."""
+    names = ("gqa", "softcap", "two best keys", "slopes", "all of these")
+    results = [ops.attention(*SAMPLES[ops.attention][name](torch.float64)) for name in names]
+    for i, first in enumerate(results):
+        for second in results[:i]:
+            assert (first - second).abs().max() > 1e-2
 
 
 def test_attention_by_hand() -> None:

@@ -121,7 +121,8 @@ def assert_equals_loop(found: Tensor, expected: np.ndarray) -> None:
     [
         (
             TransformerDecoder.__init__,
-            "tok_embeddings layer num_layers max_seq_len num_heads head_dim norm output",
+            "tok_embeddings layer=None num_layers=None max_seq_len=None num_heads=None head_dim=None norm=None"
+            " output=None",
         ),
         (TransformerDecoder.forward, "tokens input_pos=None"),
         (TransformerDecoder.setup_caches, "batch_size dtype"),
@@ -439,6 +440,44 @@ def test_layers_may_be_given_one_by_one() -> None:
     assert [id(layer) for layer in model.layers] == [id(layer) for layer in layers]
     with pytest.raises(ValueError, match=r"num_layers \(3\) does not match the 2 layers given"):
         TransformerDecoder(nn.Embedding(VOCAB, EMBED), layers, 3, *rest)
+
+
+def decoder_arguments(**changes: Any) -> dict[str, Any]:
+    """By name, as newer torchtune calls it; a change to None leaves an argument out."""
+    arguments = {
+        "tok_embeddings": nn.Embedding(VOCAB, EMBED),
+        "layers": [decoder_layer(attention()) for _ in range(2)],
+        "max_seq_len": MAX_SEQ_LEN,
+        "num_heads": HEADS,
+        "head_dim": HEAD_DIM,
+        "norm": RMSNorm(EMBED),
+        "output": nn.Linear(EMBED, VOCAB, bias=False),
+    }
+    return {name: value for name, value in (arguments | changes).items() if value is not None}
+
+
+def test_layers_are_torchtunes_newer_name() -> None:
+    """A list of them needs no num_layers; one layer is copied, as before."""
+    given = decoder_arguments()
+    model = TransformerDecoder(**given)
+    assert [id(layer) for layer in model.layers] == [id(layer) for layer in given["layers"]]
+    copied = TransformerDecoder(**decoder_arguments(layers=decoder_layer(attention()), num_layers=3))
+    assert len({layer.attn.q_proj.weight.data_ptr() for layer in copied.layers}) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": None}, "pass the decoder's layers once: as layer or as layers"),
+        ({"layer": [], "num_layers": 2}, "pass the decoder's layers once: as layer or as layers"),
+        ({"num_layers": 3}, r"num_layers \(3\) does not match the 2 layers given"),
+        ({"layers": nn.Identity()}, "num_layers must be given where one layer is to be copied"),
+        *(({name: None}, f"{name}.* must be given") for name in ("num_heads", "head_dim", "norm", "output")),
+    ],
+)
+def test_what_torchtune_requires_is_required(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TransformerDecoder(**decoder_arguments(**changes))
 
 
 def test_parameter_names_are_torchtunes() -> None:

@@ -60,8 +60,9 @@ def assert_only_the_next_slot_is_written(runner: Runner) -> None:
     decoding.prefill([[1, 5, 9], [1, 7, 8]])
     runner.fill_cache(7.0)
     decoding.decode(np.array([3, 4]))
-    for index in range(len(runner.cache_spec.past_names())):
+    assert {spec.name for spec in runner.cache_spec.tensors} == {"key", "value"}
+    for index, spec in enumerate(runner.cache_spec.tensors):
         tensor = runner.read_cache(index)
-        assert tensor.shape == runner.cache_spec.array_shape(2)
+        assert tensor.shape == spec.array_shape(2)
         assert (tensor[:, :, 3] != 7.0).all()
         assert (np.delete(tensor, 3, axis=2) == 7.0).all()

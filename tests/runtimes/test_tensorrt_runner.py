@@ -24,9 +24,13 @@ from runner_cases import (
     repeat_rows,
     valid_feeds,
 )
+from safetensors.numpy import save_file
 
+from exporter.pipeline import ExportRequest, export
 from exporter.verify import verify
 from graphs.checkpoint import open_checkpoint
+from graphs.families import find_family
+from graphs.loading import expected_shapes
 from runtimes import tensorrt_runner
 from runtimes.artifact import Artifact, EngineEntry, open_artifact
 from runtimes.decoding import Decoding
@@ -241,7 +245,9 @@ def test_the_cache_holds_what_was_written_and_nothing_else(runner: Runner) -> No
 def test_the_cache_is_read_and_filled_in_its_own_dtype(simulation: Simulation, dtype: str) -> None:
     """And is zero after a reset, whatever it held before."""
     graph = simulation.artifact.manifest.graphs["decoder"].signature
-    cache = dataclasses.replace(simulation.artifact.manifest.cache, dtype=dtype)
+    cache = simulation.artifact.manifest.cache
+    tensors = tuple(dataclasses.replace(tensor, dtype=dtype) for tensor in cache.tensors)
+    cache = dataclasses.replace(cache, dtype=dtype, tensors=tensors)
     specs = {
         side: tuple(dataclasses.replace(s, dtype=dtype) if ".key" in s.name or ".value" in s.name else s for s in specs)
         for side, specs in (("inputs", graph.inputs), ("outputs", graph.outputs))
@@ -254,11 +260,61 @@ def test_the_cache_is_read_and_filled_in_its_own_dtype(simulation: Simulation, d
             runner.reset(batch)
             assert not runner.read_cache(0).any()
             runner.fill_cache(64.0)
-            for index in range(len(cache.past_names())):
+            for index, tensor in enumerate(cache.tensors):
                 array = runner.read_cache(index)
                 assert array.dtype == np.float32
-                assert array.shape == cache.array_shape(batch)
+                assert array.shape == tensor.array_shape(batch)
                 assert (array == 64.0).all()
+    assert simulation.device.alive() == {}
+
+
+@pytest.fixture(scope="module")
+def summing_artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """A layer with a cache, then one whose state is sums, which no engine can update in place."""
+    folder = tmp_path_factory.mktemp("sums")
+    config = {
+        "model_type": "transformer_decoder",
+        "attention": ["causal", "aft_simple"],
+        "vocab_size": 100,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes = expected_shapes(find_family(config), find_family(config).parse_config(config))
+    rng = np.random.default_rng(0)
+    weights = {name: rng.standard_normal(shape, np.float32) / shape[-1] ** 0.5 for name, shape in shapes.items()}
+    save_file(weights, folder / "model.safetensors")
+    export(ExportRequest(checkpoint=folder, out=folder / "artifact", verify=False))
+    return open_artifact(folder / "artifact")
+
+
+def test_sums_are_carried_from_step_to_step(simulation: Simulation, summing_artifact: Artifact, tmp_path: Path) -> None:
+    """With CUDA graphs and without; zero after a reset, and spared when a cache is filled."""
+    graph, cache = summing_artifact.manifest.graphs["decoder"], summing_artifact.manifest.cache
+    assert {tensor.slot_axis for tensor in cache.tensors} == {1, None}
+    file = tmp_path / "sums.engine"
+    sim.write_engine(file, summing_artifact.path(graph.file), graph.signature)
+    for cuda_graphs in (True, False):
+        with (
+            open_runner(summing_artifact, device="cpu") as expected,
+            TensorRTRunner(file, graph.signature, cache, cuda_graphs=cuda_graphs) as runner,
+        ):
+            for seed, rows in enumerate((1, 3, 2)):
+                _assert_equal(runner, expected, PROMPTS[:rows], 12, seed)
+                for index, tensor in enumerate(cache.tensors):
+                    if tensor.slot_axis is None:
+                        sums = runner.read_cache(index)
+                        assert sums.shape == tensor.array_shape(rows)
+                        assert sums.any()
+                        np.testing.assert_allclose(sums, expected.read_cache(index), rtol=1e-4, atol=1e-4)
+                        runner.fill_cache(7.0)
+                        np.testing.assert_array_equal(runner.read_cache(index), sums)
+                runner.reset(rows)
+                assert not any(runner.read_cache(index).any() for index in range(len(cache.tensors)))
+    assert simulation.count("graph engine")
     assert simulation.device.alive() == {}
 
 
@@ -591,8 +647,6 @@ def test_a_fault_on_the_device_does_not_hide_in_close(simulation: Simulation) ->
 @pytest.fixture(scope="module")
 def gpu_artifact(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     """tiny_llama with an engine for this machine, from TensorRT where it is installed, else from TensorRT-RTX."""
-    from exporter.pipeline import ExportRequest, export
-
     pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-bindings")
     installed = [target for target in TARGETS if _installed(target)]
     if not installed:

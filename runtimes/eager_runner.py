@@ -8,7 +8,7 @@ import numpy as np
 
 from runtimes.runner import Feeds
 from runtimes.signature import CacheSpec, GraphSignature
-from runtimes.step_checks import check_reset, check_step
+from runtimes.step_checks import check_reset, check_rows, check_step
 
 
 class EagerRunner:
@@ -53,6 +53,12 @@ class EagerRunner:
     def fill_cache(self, value: float) -> None:
         """See Runner.fill_cache."""
         self._cache = [(self._full(value), self._full(value)) for _ in self._cache]
+
+    def reorder_rows(self, rows: np.ndarray) -> None:
+        """See Runner.reorder_rows."""
+        check_rows(rows, self._batch_size)
+        index = self._torch.from_numpy(rows).to(self._device)
+        self._cache = [(key.index_select(0, index), value.index_select(0, index)) for key, value in self._cache]
 
     def close(self) -> None:
         """Let go of the cache and the module."""

@@ -16,7 +16,7 @@ from runtimes.cuda import cuda_device_count
 from runtimes.errors import ArtifactError, EngineLoadError, FeedError, RuntimeMissingError
 from runtimes.runner import Feeds
 from runtimes.signature import DTYPE_BYTES, CacheSpec, GraphSignature
-from runtimes.step_checks import check_reset, check_step
+from runtimes.step_checks import check_reset, check_rows, check_step
 from runtimes.tensorrt_api import get_logger, import_tensorrt
 
 log = logging.getLogger(__name__)
@@ -65,6 +65,11 @@ class Cuda:
         kind = self.api.cudaMemcpyKind.cudaMemcpyDeviceToHost
         self.call(self.api.cudaMemcpyAsync, array.ctypes.data, source, array.nbytes, kind, self.stream)
         self.synchronize()
+
+    def copy(self, target: int, source: int, nbytes: int) -> None:
+        """Copy from device memory to device memory, in stream order; the two must not overlap."""
+        kind = self.api.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        self.call(self.api.cudaMemcpyAsync, target, source, nbytes, kind, self.stream)
 
     def synchronize(self) -> None:
         """Wait for everything in the stream."""
@@ -257,6 +262,23 @@ class TensorRTRunner:
         for past in self.cache_spec.past_names():
             self._cuda.upload(self._buffers.get(past, array.nbytes), array)
         self._cuda.synchronize()  # the host array may go
+
+    def reorder_rows(self, rows: np.ndarray) -> None:
+        """See Runner.reorder_rows. Nothing leaves the device, and every address stays, so graphs stay valid."""
+        self._require_open()
+        check_rows(rows, self._batch_size)
+        moved = np.flatnonzero(rows != np.arange(len(rows)))
+        if not moved.size:
+            return
+        nbytes = int(np.prod(self.cache_spec.array_shape(self._batch_size))) * DTYPE_BYTES[self.cache_spec.dtype]
+        row_bytes = nbytes // self._batch_size
+        self._cuda.synchronize()  # the buffer may have to grow
+        before = self._buffers.get("reorder_rows", nbytes)  # one tensor as it was: rows may change places
+        for past in self.cache_spec.past_names():
+            address = self._buffers.get(past, nbytes)
+            self._cuda.copy(before, address, nbytes)
+            for row in map(int, moved):
+                self._cuda.copy(address + row * row_bytes, before + int(rows[row]) * row_bytes, row_bytes)
 
     def close(self) -> None:
         """Release the engine, its contexts and all device memory."""

@@ -38,7 +38,9 @@ Error = enum.IntEnum(
         "cudaErrorStreamCaptureInvalidated": 901,
     },
 )
-MemcpyKind = enum.IntEnum("cudaMemcpyKind", {"cudaMemcpyHostToDevice": 1, "cudaMemcpyDeviceToHost": 2})
+MemcpyKind = enum.IntEnum(
+    "cudaMemcpyKind", {"cudaMemcpyHostToDevice": 1, "cudaMemcpyDeviceToHost": 2, "cudaMemcpyDeviceToDevice": 3}
+)
 CaptureMode = enum.IntEnum(
     "cudaStreamCaptureMode",
     {
@@ -248,13 +250,22 @@ class Device:
                         "a host array changed, or went away, before it was copied to the device"
                     )
                 self.write(target, seen)
+        elif kind == MemcpyKind.cudaMemcpyDeviceToDevice:
+            self._check_range(target, nbytes)
+            self._check_range(source, nbytes)
+            if abs(target - source) < nbytes:
+                raise UndefinedBehaviourError("a copy on the device between ranges that overlap")
+
+            def run(replayed: bool) -> None:
+                self.write(target, self.read(source, nbytes))
         else:
             self._check_range(source, nbytes)
 
             def run(replayed: bool) -> None:
                 ctypes.memmove(target, self.read(source, nbytes), nbytes)
 
-        self.submit(self.stream(stream), Work(kind.name, run, host=True))
+        on_host = kind != MemcpyKind.cudaMemcpyDeviceToDevice
+        self.submit(self.stream(stream), Work(kind.name, run, host=on_host))
 
     def _memset_async(self, address: int, value: int, nbytes: int, stream: Any) -> None:
         self._check_range(address, nbytes)

@@ -10,9 +10,9 @@ from runtimes.decoding import Decoding, limit_new_tokens
 from runtimes.errors import FeedError
 from runtimes.runner import Runner
 from runtimes.sampling import Sampler, Sampling, log_softmax
-from runtimes.stopping import Decode, RowText, check_stop_strings, read_stop_ids
+from runtimes.stopping import Decode, RowText, check_stop_strings, finish_reason, read_stop_ids
 
-__all__ = ["Generation", "generate", "prefill_scored", "read_stop_ids"]
+__all__ = ["Generation", "generate", "read_stop_ids"]
 
 LOGITS_PER_CALL = 128  # of prompt tokens, over all rows: 64 MB for a vocabulary of 128,000
 
@@ -101,7 +101,7 @@ def generate(
             if on_token is not None:
                 on_token(row, token)
             piece = texts[row].add(token) if texts else ""
-            reasons[row] = _finish_reason(outputs[row], texts[row] if texts else None, stop_ids, max_new_tokens)
+            reasons[row] = finish_reason(outputs[row], bool(texts) and texts[row].stopped, stop_ids, max_new_tokens)
             if texts and reasons[row]:
                 piece += texts[row].rest()
             if on_text is not None and piece:
@@ -135,12 +135,3 @@ def prefill_scored(decoding: Decoding, prompts: Sequence[Sequence[int]]) -> tupl
                     scores[row].append(float(log_softmax(last[row])[token]))
                 last[row] = logits[row, position]
     return np.stack(last), scores
-
-
-def _finish_reason(ids: list[int], text: RowText | None, stop_ids: Sequence[int], max_new_tokens: int) -> str:
-    """Why a row ends here; empty when it goes on. A stop string comes first, as it decides what the text is."""
-    if text is not None and text.stopped:
-        return "stop_string"
-    if ids[-1] in stop_ids:
-        return "stop_id"
-    return "length" if len(ids) >= max_new_tokens else ""

@@ -81,12 +81,8 @@ class Sampler:
             FeedError: an active row's logits hold NaN or infinity.
         """
         tokens = np.zeros(len(logits), np.int64)
+        check_logits(logits, active)
         for row in np.flatnonzero(active):
-            if not (logits[row] < np.inf).all():
-                raise FeedError(
-                    f"the model's logits for row {row} hold NaN or infinity: the artifact computes wrongly or its"
-                    " precision overflows; verify it, or export it with --precision fp32"
-                )
             tokens[row] = self._choose(logits[row], int(row))
             self._seen[row, tokens[row]] = True
         return tokens
@@ -101,6 +97,16 @@ class Sampler:
         logits = keep_top_p(logits, how.top_p)
         logits = keep_min_p(logits, how.min_p)
         return int(self._streams[row].choice(len(logits), p=np.exp(log_softmax(logits))))
+
+
+def check_logits(logits: np.ndarray, active: np.ndarray) -> None:
+    """FeedError when an active row of logits [B, V] holds NaN or infinity; nothing can be chosen by them."""
+    for row in np.flatnonzero(active):
+        if not (logits[row] < np.inf).all():
+            raise FeedError(
+                f"the model's logits for row {row} hold NaN or infinity: the artifact computes wrongly or its precision"
+                " overflows: verify it, or export again with --precision fp32"
+            )
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -39,17 +39,37 @@ def check_stop_strings(stop_strings: Sequence[str], decode: Decode | None) -> No
         raise FeedError("stop_strings are found in text: give decode as well, such as Tokenizer(folder).decode")
 
 
-class RowText:
-    """The text that a row's new tokens add to its prompt's, up to the first stop string.
+def finish_reason(ids: Sequence[int], stopped: bool, stop_ids: Sequence[int], max_new_tokens: int) -> str:
+    """Why a row with these new tokens ends; empty when it goes on.
 
-    A token may be half a character and a decoder may look at neighbours, so the whole row is decoded each time.
-    `text` is what there is so far; `stopped` says that it ends before a stop string.
+    "stop_string" (where `stopped`) comes first, as it decides what the text is, then "stop_id", then "length".
     """
+    if stopped:
+        return "stop_string"
+    if ids[-1] in stop_ids:
+        return "stop_id"
+    return "length" if len(ids) >= max_new_tokens else ""
+
+
+def added_text(
+    decode: Decode, prompt_ids: Sequence[int], ids: Sequence[int], stop_strings: Sequence[str]
+) -> tuple[str, bool]:
+    """The text that `ids` add to the prompt's, up to the first stop string; and whether there was one.
+
+    A token may be half a character and a decoder may look at neighbours, so prompt and tokens are decoded as one.
+    """
+    text = decode([*prompt_ids, *ids])[len(decode(list(prompt_ids))) :]
+    starts = [start for stop in stop_strings if (start := text.find(stop)) >= 0]
+    return (text[: min(starts)], True) if starts else (text, False)
+
+
+class RowText:
+    """The text of a row whose tokens come one by one: `text` so far, and whether it ends before a stop string."""
 
     def __init__(self, decode: Decode, prompt_ids: Sequence[int], stop_strings: Sequence[str] = ()) -> None:
         self._decode = decode
-        self._ids = list(prompt_ids)
-        self._prompt_chars = len(decode(self._ids))
+        self._prompt_ids = prompt_ids
+        self._ids: list[int] = []
         self._stop_strings = stop_strings
         self._shown_chars = 0
         self.text = ""
@@ -61,10 +81,8 @@ class RowText:
         Half a character is kept back, and so is an end that may turn out to be the start of a stop string.
         """
         self._ids.append(token)
-        self.text = self._decode(self._ids)[self._prompt_chars :]
-        starts = [start for stop in self._stop_strings if (start := self.text.find(stop)) >= 0]
-        if starts:
-            self.text, self.stopped = self.text[: min(starts)], True
+        self.text, self.stopped = added_text(self._decode, self._prompt_ids, self._ids, self._stop_strings)
+        if self.stopped:
             return self.rest()
         whole = self.text.rstrip(_UNFINISHED)
         return self._show(len(whole) - _overlap(whole, self._stop_strings))

@@ -88,15 +88,19 @@ class Sampler:
         return tokens
 
     def _choose(self, logits: np.ndarray, row: int) -> int:
-        how = self._sampling
-        logits = penalize_repetition(logits, self._seen[row], how.repetition_penalty)
-        if how.temperature == 0:
-            return int(logits.argmax())
-        logits = apply_temperature(logits, how.temperature)
-        logits = keep_top_k(logits, how.top_k)
-        logits = keep_top_p(logits, how.top_p)
-        logits = keep_min_p(logits, how.min_p)
-        return int(self._streams[row].choice(len(logits), p=np.exp(log_softmax(logits))))
+        if self._sampling.temperature == 0:
+            return int(penalize_repetition(logits, self._seen[row], self._sampling.repetition_penalty).argmax())
+        return int(self._streams[row].choice(len(logits), p=token_probs(logits, self._seen[row], self._sampling)))
+
+
+def token_probs(logits: np.ndarray, seen: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """The probability of each token to be drawn at a temperature above 0, float64 [..., V]; see penalize_repetition."""
+    logits = penalize_repetition(logits, seen, sampling.repetition_penalty)
+    logits = apply_temperature(logits, sampling.temperature)
+    logits = keep_top_k(logits, sampling.top_k)
+    logits = keep_top_p(logits, sampling.top_p)
+    logits = keep_min_p(logits, sampling.min_p)
+    return np.exp(log_softmax(logits))
 
 
 def check_logits(logits: np.ndarray, active: np.ndarray) -> None:

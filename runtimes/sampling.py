@@ -104,9 +104,9 @@ def token_probs(logits: np.ndarray, seen: np.ndarray, sampling: Sampling) -> np.
 
 
 def check_logits(logits: np.ndarray, active: np.ndarray) -> None:
-    """FeedError when an active row of logits [B, V] holds NaN or infinity; nothing can be chosen by them."""
+    """FeedError when an active row of logits [B, V] holds NaN or infinity, or -inf only: they choose nothing."""
     for row in np.flatnonzero(active):
-        if not (logits[row] < np.inf).all():
+        if not np.isfinite(logits[row].max()):
             raise FeedError(
                 f"the model's logits for row {row} hold NaN or infinity: the artifact computes wrongly or its precision"
                 " overflows: verify it, or export again with --precision fp32"

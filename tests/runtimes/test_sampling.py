@@ -277,11 +277,11 @@ def test_prompt_and_output_are_penalised() -> None:
     assert tokens == [1, 2, 0, 0]  # 4, 3, and then 5 / 100 is the largest, again and again
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_logits_that_are_no_numbers_are_refused(value: float) -> None:
+@pytest.mark.parametrize("value", [[math.nan, 0.0], [0.0, math.inf], [-math.inf, -math.inf]])
+def test_logits_that_are_no_numbers_are_refused(value: list[float]) -> None:
     """In active rows only: others hold anything."""
     sampler = Sampler(Sampling(), [[0], [0]], 2)
-    logits = np.array([[1.0, 2.0], [value, 0.0]])
+    logits = np.array([[1.0, 2.0], value])
     assert sampler.choose(logits, np.array([True, False])).tolist() == [1, 0]
     with pytest.raises(FeedError, match=r"logits for row 1 hold NaN or infinity: .* --precision fp32"):
         sampler.choose(logits, np.array([True, True]))

@@ -143,7 +143,7 @@ class _Beam:
 
 @dataclasses.dataclass
 class _Search:
-    """The beams of one prompt: `beams` go on, in the order of their rows, and `finished` are the best that ended."""
+    """The beams of one prompt: `beams` go on, each at the place of its row, and `finished` are the best that ended."""
 
     prompt: Sequence[int]
     num_beams: int
@@ -180,10 +180,20 @@ class _Search:
                 break
         if self._is_decided([beam for _, beam in going]):
             going = []
-        spare = [(place, _Beam()) for place in range(self.num_beams)]
-        going += spare[len(going) :]
-        self.beams = [beam for _, beam in going]
-        return [place for place, _ in going]
+        placed = self._place(going)
+        self.beams = [beam for _, beam in placed]
+        return [origin for origin, _ in placed]
+
+    def _place(self, going: list[tuple[int, _Beam]]) -> list[tuple[int, _Beam]]:
+        """Give every beam a place: where it can, the one it continues, so that few rows of the cache have to move."""
+        placed: dict[int, tuple[int, _Beam]] = {}
+        for pair in going:
+            placed.setdefault(pair[0], pair)
+        others = [pair for pair in going if placed[pair[0]] is not pair]
+        for place in range(self.num_beams):
+            if place not in placed:
+                placed[place] = others.pop(0) if others else (place, _Beam())
+        return [placed[place] for place in range(self.num_beams)]
 
     def _is_stopped(self, beam: _Beam) -> bool:
         return bool(self.stop_strings) and self._text(beam)[1]

@@ -272,13 +272,17 @@ class TensorRTRunner:
             return
         nbytes = int(np.prod(self.cache_spec.array_shape(self._batch_size))) * DTYPE_BYTES[self.cache_spec.dtype]
         row_bytes = nbytes // self._batch_size
-        self._cuda.synchronize()  # the buffer may have to grow
-        before = self._buffers.get("reorder_rows", nbytes)  # one tensor as it was: rows may change places
+        crossing = bool(np.isin(rows[moved], moved).any())  # a row is needed that is overwritten as well
+        if crossing:
+            self._cuda.synchronize()  # the buffer may have to grow
+            before = self._buffers.get("reorder_rows", nbytes)  # one tensor as it was
         for past in self.cache_spec.past_names():
             address = self._buffers.get(past, nbytes)
-            self._cuda.copy(before, address, nbytes)
+            if crossing:
+                self._cuda.copy(before, address, nbytes)
+            source = before if crossing else address
             for row in map(int, moved):
-                self._cuda.copy(address + row * row_bytes, before + int(rows[row]) * row_bytes, row_bytes)
+                self._cuda.copy(address + row * row_bytes, source + int(rows[row]) * row_bytes, row_bytes)
 
     def close(self) -> None:
         """Release the engine, its contexts and all device memory."""

@@ -27,6 +27,7 @@ class FakeRunner:
         self.signature: Any = SimpleNamespace(dims={"batch_size": DimRange(min=1, opt=1, max=max_batch)})
         self.cache = np.zeros((0, max_len), np.int64)
         self.steps: list[tuple[int, ...]] = []  # [B, S] of each
+        self.reorders: list[list[int]] = []
         self.changed_logits: dict[tuple[int, ...], Sequence[float]] = {}
 
     def logits_after(self, ids: Sequence[int]) -> np.ndarray:
@@ -55,4 +56,5 @@ class FakeRunner:
 
     def reorder_rows(self, rows: np.ndarray) -> None:
         check_rows(rows, len(self.cache))
+        self.reorders.append(rows.tolist())
         self.cache = self.cache[rows]

@@ -109,6 +109,17 @@ def test_the_cache_follows_its_beams_and_the_search_ends_no_sooner_than_it_may(
         _assert_same(hypotheses, _without_cache(model, prompt, beams, depth, penalty, stop_ids))
 
 
+def test_no_row_moves_without_need() -> None:
+    """A beam that goes on stays in its row; only its further continuations move, to rows whose beams ended."""
+    model = FakeRunner(4, seed=2)
+    beam_search(model, [[0], [1, 2]], 4, 8)
+    moved = 0
+    for rows in model.reorders:
+        assert all(rows[origin] == origin for origin in rows)
+        moved += sum(origin != row for row, origin in enumerate(rows))
+    assert moved
+
+
 def test_it_ends_as_soon_as_nothing_can_win() -> None:
     """A stop id of probability 0.99 beats whatever else could follow, if length is not rewarded; else it may not."""
     model = FakeRunner(3)

@@ -385,17 +385,22 @@ def test_rows_are_reordered(simulation: Simulation, target: str, cuda_graphs: bo
     assert simulation.device.alive() == {}
 
 
-def test_reordering_leaves_graphs_valid_and_the_host_alone(simulation: Simulation, runner: Runner) -> None:
-    """Only copies on the device; the next decode steps are replayed from the same graph."""
+@pytest.mark.parametrize(("rows", "copies"), [([1, 0, 2], 3), ([1, 1, 2], 1), ([0, 1, 2], 0)])
+def test_reordering_leaves_graphs_valid_and_the_host_alone(
+    simulation: Simulation, runner: Runner, rows: list[int], copies: int
+) -> None:
+    """Only copies on the device: of each row that moves, and of the whole tensor first where rows change places. The
+    next decode steps are replayed from the same graph.
+    """
     decoding = Decoding(runner)
     decoding.prefill(PROMPTS)
     for _ in range(2):
         decoding.decode(np.array([3, 4, 5]))
     start = len(simulation.device.log)
-    decoding.reorder(np.array([1, 0, 2]))
+    decoding.reorder(np.array(rows))
     runner.read_cache(0)
     tensors = len(runner.cache_spec.past_names())
-    on_device = ["cudaMemcpyDeviceToDevice"] * tensors * 3  # the whole, and two rows that move
+    on_device = ["cudaMemcpyDeviceToDevice"] * tensors * copies
     assert simulation.device.log[start:] == [*on_device, "cudaMemcpyDeviceToHost"]
     replayed = simulation.count("graph engine")
     decoding.decode(np.array([3, 4, 5]))

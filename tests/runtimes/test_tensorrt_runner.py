@@ -31,6 +31,7 @@ from exporter.verify import verify
 from graphs.checkpoint import open_checkpoint
 from runtimes import tensorrt_runner
 from runtimes.artifact import Artifact, EngineEntry, open_artifact
+from runtimes.beam_search import beam_search
 from runtimes.decoding import Decoding
 from runtimes.errors import ArtifactError, FeedError, RuntimeMissingError
 from runtimes.generation import generate
@@ -406,6 +407,13 @@ def test_reordering_leaves_graphs_valid_and_the_host_alone(
     decoding.decode(np.array([3, 4, 5]))
     assert simulation.count("graph engine") == replayed + 1
     assert simulation.device.executable_graphs() == 1
+
+
+def test_beam_search_finds_what_it_finds_on_onnxruntime(runner: Runner, reference: Runner) -> None:
+    """Rows of the cache move between steps that are replayed from graphs."""
+    found, expected = (beam_search(each, PROMPTS[:2], 4, 20, stop_ids=[2]) for each in (runner, reference))
+    for ours, theirs in zip(found.hypotheses, expected.hypotheses, strict=True):
+        assert [each.token_ids for each in ours] == [each.token_ids for each in theirs]
 
 
 def test_no_memory_to_reorder_rows(simulation: Simulation, runner: Runner) -> None:

@@ -6,7 +6,6 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,8 @@ from runtimes.errors import ArtifactError, FeedError, RuntimeMissingError
 
 if TYPE_CHECKING:
     from runtimes.artifact import Artifact, Manifest
+    from runtimes.beam_search import BeamSearch
+    from runtimes.generation import Generation
     from runtimes.parity import ParitySummary
     from runtimes.runner import Runner
 
@@ -132,36 +133,82 @@ def verify(
 @click.argument("artifact", type=FOLDER)
 @click.option("--prompt", required=True, help="Text to continue.")
 @click.option("--max-new-tokens", type=int, help="[default: until a stop id, or the cache is full]")
+@click.option("--temperature", type=float, help="Above 0, tokens are drawn by chance.  [default: 0, greedy]")
+@click.option("--top-k", type=int, metavar="K", help="Draw from the K likeliest tokens only.")
+@click.option("--top-p", type=float, metavar="P", help="Draw from the fewest tokens that are P likely together only.")
+@click.option(
+    "--min-p", type=float, metavar="P", help="Draw from tokens at least P times as likely as the likeliest only."
+)
+@click.option("--repetition-penalty", type=float, help="Above 1, tokens that were there before become less likely.")
+@click.option("--seed", type=int, help="The same seed draws the same tokens.  [default: 0]")
+@click.option("--num-beams", type=int, default=1, show_default=True, help="Above 1: beam search of that width.")
+@click.option("--length-penalty", type=float, help="Beam search: above 0 favours long texts.  [default: 1]")
+@click.option("--stop", "stop_strings", multiple=True, help="End before this text; may be repeated.")
+@click.option("--logprobs", is_flag=True, help="With --json: the log-probability of each prompt and output token.")
 @_runtime_option
 @_device_option
 @_json_option
 def generate(
-    artifact: Path, prompt: str, max_new_tokens: int | None, runtime: str, device: str | None, as_json: bool
+    artifact: Path,
+    prompt: str,
+    max_new_tokens: int | None,
+    num_beams: int,
+    length_penalty: float | None,
+    stop_strings: tuple[str, ...],
+    logprobs: bool,
+    runtime: str,
+    device: str | None,
+    as_json: bool,
+    **sampling_options: Any,
 ) -> None:
-    """Continue a prompt with ARTIFACT, greedily."""
+    """Continue a prompt with ARTIFACT: greedily, by chance (--temperature) or by beam search (--num-beams)."""
     from runtimes.artifact import open_artifact
     from runtimes.generation import generate as run_generate
     from runtimes.generation import read_stop_ids
+    from runtimes.sampling import Sampling
+    from runtimes.stopping import check_stop_strings
     from runtimes.tokenizer import Tokenizer
 
+    sampling_options = {name: value for name, value in sampling_options.items() if value is not None}
+    _check_options(num_beams, length_penalty, sampling_options, logprobs, as_json)
+    sampling = Sampling(**sampling_options)
     with _progress(quiet=not sys.stderr.isatty()) as progress:
         progress.start("check hashes")
         opened = open_artifact(artifact)
         tokenizer = Tokenizer(opened.folder)
+        check_stop_strings(stop_strings, tokenizer.decode)
         prompt_ids = tokenizer.encode(prompt)
         progress.start("load")
         start = time.perf_counter()
         opened_runner = _open_runner(opened, runtime, device)
         load_s = time.perf_counter() - start
-    stream = _TextStream(tokenizer.decode, prompt_ids)
+    common: dict[str, Any] = {
+        "stop_ids": read_stop_ids(opened.folder),
+        "stop_strings": stop_strings,
+        "decode": tokenizer.decode,
+        "logprobs": logprobs,
+    }
+    result: Generation | BeamSearch
+    beams: list[dict[str, Any]] = []
     with opened_runner as runner:
-        result = run_generate(
-            runner,
-            [prompt_ids],
-            max_new_tokens,
-            stop_ids=read_stop_ids(opened.folder),
-            on_token=None if as_json else lambda row, token: stream.add(token),
-        )
+        if num_beams == 1:
+            show = None if as_json else lambda row, text: click.echo(text, nl=False)
+            result = run_generate(runner, [prompt_ids], max_new_tokens, sampling=sampling, on_text=show, **common)
+            (text,), (token_ids,), (finish_reason,) = result.texts, result.token_ids, result.finish_reasons
+            token_logprobs = result.token_logprobs[0] if logprobs else []
+        else:
+            from runtimes.beam_search import beam_search
+
+            if length_penalty is not None:
+                common["length_penalty"] = length_penalty
+            result = beam_search(runner, [prompt_ids], num_beams, max_new_tokens, **common)
+            best = result.hypotheses[0][0]
+            text, token_ids, finish_reason = best.text, best.token_ids, best.finish_reason
+            token_logprobs = best.token_logprobs
+            names = ("text", "token_ids", "finish_reason", "score")
+            beams = [{name: getattr(each, name) for name in names} for each in result.hypotheses[0]]
+            if not as_json:
+                click.echo(text, nl=False)
     if not as_json:
         click.echo()
         return
@@ -171,15 +218,34 @@ def generate(
         "decode_s": round(result.decode_s, 4),
         "decode_tokens_per_s": round(result.decode_steps / result.decode_s, 1) if result.decode_steps else None,
     }
-    (token_ids,) = result.token_ids
-    _print_json(
-        {
-            "text": stream.text_of(token_ids),
-            "prompt_ids": prompt_ids,
-            "token_ids": token_ids,
-            "timings": timings,
-        }
-    )
+    facts: dict[str, Any] = {
+        "text": text,
+        "prompt_ids": prompt_ids,
+        "token_ids": token_ids,
+        "finish_reason": finish_reason,
+        "timings": timings,
+    }
+    if logprobs:
+        facts |= {"token_logprobs": token_logprobs, "prompt_logprobs": result.prompt_logprobs[0]}
+    if beams:
+        facts["beams"] = beams
+    _print_json(facts)
+
+
+def _check_options(
+    num_beams: int, length_penalty: float | None, sampling_options: dict[str, Any], logprobs: bool, as_json: bool
+) -> None:
+    """FeedError for options of `generate` that say nothing together."""
+    if num_beams != 1 and sampling_options:
+        given = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in sampling_options.items())
+        raise FeedError(
+            f"{given} cannot go with --num-beams {num_beams}: beam search draws nothing by chance and takes tokens as"
+            " likely as the model does; leave out the one or the other"
+        )
+    if num_beams == 1 and length_penalty is not None:
+        raise FeedError(f"--length-penalty {length_penalty} is for beam search: set --num-beams above 1 as well")
+    if logprobs and not as_json:
+        raise FeedError("--logprobs is for --json: give both")
 
 
 @cli.command()
@@ -279,28 +345,6 @@ def _open_runner(artifact: "Artifact", runtime: str, device: str | None) -> "Run
     if device and runtime != "onnxruntime":
         raise FeedError(f"--device is for onnxruntime; {runtime} runs on the GPU")
     return open_runner(artifact, runtime, **({"device": device} if device else {}))
-
-
-class _TextStream:
-    """Prints text as tokens come. A token may be half a character, so the whole is decoded each time."""
-
-    def __init__(self, decode: Callable[[list[int]], str], prompt_ids: list[int]) -> None:
-        self._decode = decode
-        self._prompt_ids = prompt_ids
-        self._ids: list[int] = []
-        self._printed = 0
-
-    def text_of(self, ids: list[int]) -> str:
-        """The text that `ids` add to the prompt's."""
-        return self._decode([*self._prompt_ids, *ids])[len(self._decode(self._prompt_ids)) :]
-
-    def add(self, token: int) -> None:
-        """Print what this token completes."""
-        self._ids.append(token)
-        text = self.text_of(self._ids)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            click.echo(text[self._printed :], nl=False)
-            self._printed = len(text)
 
 
 def _progress(quiet: bool) -> Any:

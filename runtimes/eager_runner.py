@@ -8,7 +8,7 @@ import numpy as np
 
 from runtimes.runner import Feeds
 from runtimes.signature import CacheSpec, GraphSignature, StateSpec
-from runtimes.step_checks import check_reset, check_step
+from runtimes.step_checks import check_reset, check_rows, check_step
 
 
 class EagerRunner:
@@ -56,6 +56,12 @@ class EagerRunner:
         for spec, tensor in zip(self.cache_spec.tensors, [t for layer in self._cache for t in layer], strict=True):
             if spec.slot_axis is not None:
                 tensor.fill_(value)
+
+    def reorder_rows(self, rows: np.ndarray) -> None:
+        """See Runner.reorder_rows."""
+        check_rows(rows, self._batch_size)
+        index = self._torch.from_numpy(rows).to(self._device)
+        self._cache = [tuple(tensor.index_select(0, index) for tensor in layer) for layer in self._cache]
 
     def close(self) -> None:
         """Let go of the cache and the module."""

@@ -11,7 +11,7 @@ from runtimes.cuda import cuda_device_count
 from runtimes.errors import FeedError, RuntimeMissingError
 from runtimes.runner import Feeds
 from runtimes.signature import CacheSpec, GraphSignature, StateSpec
-from runtimes.step_checks import check_reset, check_step
+from runtimes.step_checks import check_reset, check_rows, check_step
 
 # device: the execution provider that must be there
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -193,6 +193,26 @@ class OnnxRuntimeRunner:
                 self._ort.copy_tensors([self._bfloat16(tensor, value)], [buffer])
             else:
                 buffer.update_inplace(self._full(tensor, value))
+
+    def reorder_rows(self, rows: np.ndarray) -> None:
+        """See Runner.reorder_rows. On the CPU, only rows that move are copied; a CUDA cache goes by way of the host."""
+        self._open_session()
+        check_rows(rows, self._batch_size)
+        moved = np.flatnonzero(rows != np.arange(len(rows)))
+        if not moved.size:
+            return
+        for buffer in self._cache:
+            if buffer.element_type() == _ONNX_BFLOAT16:  # numpy has no such type; its bits can be moved all the same
+                bits = np.empty(buffer.shape(), np.uint16)
+                host = self._ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, _ONNX_BFLOAT16)
+                self._ort.copy_tensors([buffer], [host])
+                bits[moved] = bits[rows[moved]]
+                self._ort.copy_tensors([host], [buffer])
+                continue
+            array = buffer.numpy()  # the cache's own memory on the CPU, a copy on CUDA
+            array[moved] = array[rows[moved]]
+            if array.ctypes.data != buffer.data_ptr():
+                buffer.update_inplace(array)
 
     def close(self) -> None:
         """Release the session and the cache."""

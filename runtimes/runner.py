@@ -38,6 +38,13 @@ class Runner(Protocol):
     def fill_cache(self, value: float) -> None:
         """Set every slot of every cache to `value`; sums, which have no slots, keep what they hold."""
 
+    def reorder_rows(self, rows: np.ndarray) -> None:
+        """Let cache row b hold what row rows[b] held; rows are int64 [B], each below B, and may repeat.
+
+        Raises:
+            FeedError: rows of another shape or dtype, or outside the cache.
+        """
+
     def close(self) -> None:
         """Release memory; the runner cannot be used afterwards."""
 

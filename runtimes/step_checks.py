@@ -57,6 +57,15 @@ def check_step(
     return sizes
 
 
+def check_rows(rows: np.ndarray, batch_size: int) -> None:
+    """FeedError unless `rows` is int64 [batch_size] and names rows of a cache that reset made."""
+    if not batch_size:
+        raise FeedError("reset(batch_size) must be called before rows are reordered")
+    if rows.dtype != np.int64 or rows.shape != (batch_size,):
+        raise FeedError(f"rows must be int64 [{batch_size}], got {rows.dtype} {list(rows.shape)}")
+    _check_range({"rows": rows}, "rows", batch_size, "the cache's rows")
+
+
 def _check_range(feeds: Mapping[str, np.ndarray], name: str, end: int, what: str) -> None:
     """FeedError unless every number lies in 0 .. end - 1: a graph would read something else there, in silence."""
     low, high = int(feeds[name].min()), int(feeds[name].max())

@@ -17,7 +17,7 @@ from runtimes.cuda import cuda_device_count
 from runtimes.errors import ArtifactError, EngineLoadError, FeedError, RuntimeMissingError
 from runtimes.runner import Feeds
 from runtimes.signature import CacheSpec, GraphSignature, StateSpec
-from runtimes.step_checks import check_reset, check_step
+from runtimes.step_checks import check_reset, check_rows, check_step
 from runtimes.tensorrt_api import get_logger, import_tensorrt
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class Cuda:
         self.synchronize()
 
     def copy(self, target: int, source: int, nbytes: int) -> None:
-        """Copy device memory to device memory, in stream order."""
+        """Copy from device memory to device memory, in stream order; the two must not overlap."""
         kind = self.api.cudaMemcpyKind.cudaMemcpyDeviceToDevice
         self.call(self.api.cudaMemcpyAsync, target, source, nbytes, kind, self.stream)
 
@@ -264,17 +264,33 @@ class TensorRTRunner:
     def fill_cache(self, value: float) -> None:
         """See Runner.fill_cache."""
         self._require_open()
-        arrays = []  # alive until they are uploaded
         for past, _, tensor in self._state():
             if tensor.slot_axis is not None:
                 full = np.full(tensor.array_shape(self._batch_size), value, np.float32)
-                arrays.append(full.astype(_numpy_dtype(tensor.dtype)))
-                self._cuda.upload(self._buffers.get(past, arrays[-1].nbytes), arrays[-1])
-        self._cuda.synchronize()
+                array = full.astype(_numpy_dtype(tensor.dtype))
+                self._cuda.upload(self._buffers.get(past, array.nbytes), array)
+                self._cuda.synchronize()  # the host array may go
 
-    def _state(self) -> Iterator[tuple[str, str, StateSpec]]:
-        """(input name, output name, tensor) of the decoding state."""
-        return zip(self.cache_spec.past_names(), self.cache_spec.present_names(), self.cache_spec.tensors, strict=True)
+    def reorder_rows(self, rows: np.ndarray) -> None:
+        """See Runner.reorder_rows. Nothing leaves the device, and every address stays, so graphs stay valid."""
+        self._require_open()
+        check_rows(rows, self._batch_size)
+        moved = np.flatnonzero(rows != np.arange(len(rows)))
+        if not moved.size:
+            return
+        crossing = bool(np.isin(rows[moved], moved).any())  # a row is needed that is overwritten as well
+        if crossing:
+            self._cuda.synchronize()  # the buffer may have to grow
+            largest = max(tensor.row_bytes for tensor in self.cache_spec.tensors)
+            before = self._buffers.get("reorder_rows", self._batch_size * largest)  # one tensor as it was
+        for past, _, tensor in self._state():
+            row_bytes, nbytes = tensor.row_bytes, self._batch_size * tensor.row_bytes
+            address = self._buffers.get(past, nbytes)
+            if crossing:
+                self._cuda.copy(before, address, nbytes)
+            source = before if crossing else address
+            for row in map(int, moved):
+                self._cuda.copy(address + row * row_bytes, source + int(rows[row]) * row_bytes, row_bytes)
 
     def close(self) -> None:
         """Release the engine, its contexts and all device memory."""
@@ -295,6 +311,10 @@ class TensorRTRunner:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _state(self) -> Iterator[tuple[str, str, StateSpec]]:
+        """(input name, output name, tensor) of the decoding state."""
+        return zip(self.cache_spec.past_names(), self.cache_spec.present_names(), self.cache_spec.tensors, strict=True)
 
     def _make_context(self, trt: Any) -> Any:
         return self._engine.create_execution_context()

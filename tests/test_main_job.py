@@ -11,6 +11,7 @@ import pytest
 
 from exporter.pipeline import ExportRequest, export
 from runtimes.artifact import Artifact, open_artifact
+from runtimes.beam_search import beam_search
 from runtimes.generation import generate, read_stop_ids
 from runtimes.runner import open_runner
 from runtimes.tokenizer import Tokenizer
@@ -71,6 +72,32 @@ def test_a_ragged_batch_gives_the_same_ids(
             torch.tensor([prompt]), max_new_tokens=48, do_sample=False, eos_token_id=None, pad_token_id=0
         )
         assert tokens[0, len(prompt) :].tolist() == ids
+
+
+def test_beam_search_finds_what_transformers_finds(
+    shared_model: Callable[[str], Path], exported: Callable[[str], Path]
+) -> None:
+    """Two prompts of different lengths in one batch, against transformers' beam search of each."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    name = "stories260k-llama"
+    artifact = open_artifact(exported(name))
+    tokenizer = Tokenizer(artifact.folder)
+    prompts = [tokenizer.encode(text) for text in ("The dog", "One day, a little girl named Lily found")]
+    with open_runner(artifact, device="cpu") as runner:
+        result = beam_search(runner, prompts, 4, 24)
+    model = transformers.LlamaForCausalLM.from_pretrained(shared_model(name), dtype=torch.float32).eval()
+    for prompt, hypotheses in zip(prompts, result.hypotheses, strict=True):
+        tokens = model.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=24,
+            num_beams=4,
+            early_stopping="never",
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        assert tokens[0, len(prompt) :].tolist() == hypotheses[0].token_ids
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])

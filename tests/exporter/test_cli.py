@@ -67,7 +67,11 @@ def test_help_lists_the_commands(x_run: Run) -> None:
             " --force --json --quiet",
         ),
         ("verify", "--reference --runtime --device --json --quiet"),
-        ("generate", "--prompt --max-new-tokens --runtime --device --json"),
+        (
+            "generate",
+            "--prompt --max-new-tokens --temperature --top-k --top-p --min-p --repetition-penalty --seed --num-beams"
+            " --length-penalty --stop --logprobs --runtime --device --json",
+        ),
         ("inspect", "--json"),
     ],
 )
@@ -280,7 +284,7 @@ def test_generate_json(x_run: Run, x_export: Any) -> None:
     assert ran.code == 0
     assert ran.err == ""
     result = json.loads(ran.out)
-    assert set(result) == {"text", "prompt_ids", "token_ids", "timings"}
+    assert set(result) == {"text", "prompt_ids", "token_ids", "finish_reason", "timings"}
     assert result["text"] == "85"
     assert result["prompt_ids"] == tokenizer.encode("27+58=").ids
     assert tokenizer.decode(result["token_ids"]) == "85"

@@ -540,7 +540,11 @@ def test_verify_against_another_model(
 ) -> None:
     """The message names what differs; and --reference has to be a checkpoint."""
     other = x_copy("other", rms_norm_eps=1e-4, rope_theta=5000.0)
-    refuses(["verify", x_artifact, "--reference", other], "other is another model than", "layer_kinds.full_attention.rope.theta, norm_eps")
+    refuses(
+        ["verify", x_artifact, "--reference", other],
+        "other is another model than",
+        "layer_kinds.full_attention.rope.theta, norm_eps",
+    )
     refuses(["verify", x_artifact, "--reference", tmp_path / "nowhere"], "nowhere does not exist")
 
 

@@ -524,9 +524,7 @@ def test_a_vanishing_dropout_in_training_changes_nothing(spec: Spec) -> None:
 def test_dropout_with_a_softcap_is_refused() -> None:
     """The function that training goes through has no softcap."""
     linears = [nn.Linear(8, 8) for _ in range(4)]
-    with pytest.raises(
-        ValueError, match=r"attn_dropout \(0.1\) must be 0: it is not .* with a softcap"
-    ):
+    with pytest.raises(ValueError, match=r"attn_dropout \(0.1\) must be 0: it is not .* with a softcap"):
         CausalSelfAttention(8, 1, 1, 8, *linears, None, attn_dropout=0.1, softcap=2.0)
 
 

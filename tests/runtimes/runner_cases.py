@@ -3,8 +3,10 @@
 from typing import Any
 
 import numpy as np
+import pytest
 
 from runtimes.decoding import Decoding
+from runtimes.errors import FeedError
 from runtimes.runner import Runner
 
 PROMPTS = [[1, 21, 26, 14, 24, 27, 32], [1, 5], [1, 85, 72, 89, 72, 85, 86, 72, 3, 83]]
@@ -66,3 +68,56 @@ def assert_only_the_next_slot_is_written(runner: Runner) -> None:
         assert tensor.shape == spec.array_shape(2)
         assert (tensor[:, :, 3] != 7.0).all()
         assert (np.delete(tensor, 3, axis=2) == 7.0).all()
+
+
+# Rows that repeat, change places, are dropped, or stay; for a batch of three
+REORDERINGS = [[0, 1, 2], [2, 0, 1], [1, 0, 2], [0, 0, 0], [2, 2, 1]]
+
+
+def assert_rows_are_reordered(runner: Runner, *, atol: float = 1e-4) -> None:
+    """The cache's rows move whole, and decoding goes on from them as if each had been there from the start."""
+    forced = np.array([[30, 31, 32], [40, 41, 42], [50, 51, 52]])
+    tokens = np.array([60, 70, 80])
+    decoding = Decoding(runner)
+    for order in REORDERINGS:
+        rows = np.array(order)
+        decoding.prefill([PROMPTS[row] for row in order])
+        for step in forced[rows].T:
+            decoding.decode(step)
+        expected = decoding.decode(tokens)
+
+        decoding.prefill(PROMPTS)
+        for step in forced.T:
+            decoding.decode(step)
+        before = _whole_cache(runner)
+        decoding.reorder(rows)
+        for tensor, was in zip(_whole_cache(runner), before, strict=True):
+            np.testing.assert_array_equal(tensor, was[rows])
+        assert decoding.lengths.tolist() == [len(PROMPTS[row]) + 3 for row in order]
+        np.testing.assert_allclose(decoding.decode(tokens), expected, atol=atol)
+
+
+def _whole_cache(runner: Runner) -> list[np.ndarray]:
+    return [runner.read_cache(index).copy() for index in range(len(runner.cache_spec.past_names()))]
+
+
+# (rows, what the message must say), for a cache that was reset for two rows
+WRONG_ROWS: list[tuple[np.ndarray, str]] = [
+    (np.array([0, 2]), r"rows holds 2, outside the cache's rows \(0 to 1\)"),
+    (np.array([-1, 0]), r"rows holds -1, outside the cache's rows \(0 to 1\)"),
+    (np.array([0]), r"rows must be int64 \[2\], got int64 \[1\]"),
+    (np.array([[0, 1]]), r"rows must be int64 \[2\], got int64 \[1, 2\]"),
+    (np.array([0, 1], np.int32), r"rows must be int64 \[2\], got int32 \[2\]"),
+]
+
+
+def assert_wrong_rows_are_refused(runner: Runner) -> None:
+    """Before anything is moved; `runner` was not reset yet."""
+    with pytest.raises(FeedError, match=r"reset\(batch_size\) must be called before rows are reordered"):
+        runner.reorder_rows(np.array([0]))
+    runner.reset(2)
+    runner.fill_cache(3.0)
+    for rows, message in WRONG_ROWS:
+        with pytest.raises(FeedError, match=message):
+            runner.reorder_rows(rows)
+    assert all((tensor == 3.0).all() for tensor in _whole_cache(runner))

@@ -251,8 +251,10 @@ class Device:
                     )
                 self.write(target, seen)
         elif kind == MemcpyKind.cudaMemcpyDeviceToDevice:
-            self._check_range(source, nbytes)
             self._check_range(target, nbytes)
+            self._check_range(source, nbytes)
+            if abs(target - source) < nbytes:
+                raise UndefinedBehaviourError("a copy on the device between ranges that overlap")
 
             def run(replayed: bool) -> None:
                 self.write(target, self.read(source, nbytes))
@@ -262,8 +264,8 @@ class Device:
             def run(replayed: bool) -> None:
                 ctypes.memmove(target, self.read(source, nbytes), nbytes)
 
-        between = kind == MemcpyKind.cudaMemcpyDeviceToDevice
-        self.submit(self.stream(stream), Work(kind.name, run, host=not between))
+        on_host = kind != MemcpyKind.cudaMemcpyDeviceToDevice
+        self.submit(self.stream(stream), Work(kind.name, run, host=on_host))
 
     def _memset_async(self, address: int, value: int, nbytes: int, stream: Any) -> None:
         self._check_range(address, nbytes)

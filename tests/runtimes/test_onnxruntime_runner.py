@@ -7,7 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runner_cases import PROMPTS, WRONG_FEEDS, assert_only_the_next_slot_is_written, forced_logits, valid_feeds
+from runner_cases import (
+    PROMPTS,
+    WRONG_FEEDS,
+    assert_only_the_next_slot_is_written,
+    assert_rows_are_reordered,
+    assert_wrong_rows_are_refused,
+    forced_logits,
+    valid_feeds,
+)
 
 from exporter.layouts import LAYOUTS
 from graphs.checkpoint import open_checkpoint
@@ -93,6 +101,46 @@ def test_the_cache_holds_what_was_written_and_nothing_else(runner: Runner) -> No
     assert_only_the_next_slot_is_written(runner)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_rows_are_reordered(tiny_artifacts: Callable[[str], Artifact], precision: str) -> None:
+    """In every precision of the cache."""
+    with open_runner(tiny_artifacts(precision), device="cpu") as runner:
+        assert_wrong_rows_are_refused(runner)
+        assert_rows_are_reordered(runner)
+
+
+def test_reordering_keeps_the_cache_where_it_is(runner: Runner) -> None:
+    """The session is bound to these addresses."""
+    assert isinstance(runner, OnnxRuntimeRunner)
+    runner.reset(2)
+    before = [buffer.data_ptr() for buffer in runner._cache]
+    runner.reorder_rows(np.array([1, 1]))
+    assert [buffer.data_ptr() for buffer in runner._cache] == before
+
+
+def test_bfloat16_rows_are_reordered_as_bits(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA, here with a tensor on the host, between which copy_tensors does not copy."""
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "copy_tensors", lambda sources, targets: targets[0].update_inplace(sources[0]))
+
+    assert isinstance(runner, OnnxRuntimeRunner)
+    runner.reset(3)
+    bits = np.arange(12, dtype=np.uint16).reshape(3, 4)
+    expected = bits[[2, 2, 0]]
+    bfloat16 = 16
+    runner._cache = [onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, bfloat16)]
+    runner.reorder_rows(np.array([2, 2, 0]))
+    np.testing.assert_array_equal(bits, expected)
+
+
+def test_the_eager_runner_reorders_rows(tiny_llama: Path, tiny_artifact: Artifact) -> None:
+    """By the same cases."""
+    with _eager(tiny_llama, tiny_artifact) as eager:
+        assert_wrong_rows_are_refused(eager)
+        assert_rows_are_reordered(eager)
+
+
 @pytest.mark.parametrize(("wrong", "message"), WRONG_FEEDS)
 def test_wrong_feeds_are_refused(runner: Runner, wrong: dict[str, np.ndarray], message: str) -> None:
     """Before anything runs, with what was expected and what was found."""
@@ -112,8 +160,9 @@ def test_a_step_before_reset_and_after_close_is_refused(tiny_artifact: Artifact)
     runner.reset(1)
     runner.close()
     runner.close()
-    with pytest.raises(FeedError, match="closed"):
-        runner.step(valid_feeds())
+    for use in (lambda: runner.step(valid_feeds()), lambda: runner.reorder_rows(np.array([0]))):
+        with pytest.raises(FeedError, match="closed"):
+            use()
 
 
 @pytest.mark.parametrize("device", ["cuda", "tpu"])
@@ -149,3 +198,12 @@ def test_cuda_equals_the_cpu(tiny_artifacts: Callable[[str], Artifact]) -> None:
     for precision, atol in (("fp32", 1e-2), ("fp16", 0.15), ("bf16", 0.8)):
         with open_runner(tiny_artifacts(precision), device="cuda") as cuda:
             np.testing.assert_allclose(forced_logits(cuda, PROMPTS, forced), expected, atol=atol)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_cuda_rows_are_reordered(tiny_artifacts: Callable[[str], Artifact], precision: str) -> None:
+    """By way of the host, bfloat16 as bits. A batch of other rows may round elsewhere: only the moves are exact."""
+    with open_runner(tiny_artifacts(precision), device="cuda") as runner:
+        assert_wrong_rows_are_refused(runner)
+        assert_rows_are_reordered(runner, atol=1.0)

@@ -20,6 +20,8 @@ from runner_cases import (
     PROMPTS,
     WRONG_FEEDS,
     assert_only_the_next_slot_is_written,
+    assert_rows_are_reordered,
+    assert_wrong_rows_are_refused,
     forced_logits,
     repeat_rows,
     valid_feeds,
@@ -33,6 +35,7 @@ from graphs.families import find_family
 from graphs.loading import expected_shapes
 from runtimes import tensorrt_runner
 from runtimes.artifact import Artifact, EngineEntry, open_artifact
+from runtimes.beam_search import beam_search
 from runtimes.decoding import Decoding
 from runtimes.errors import ArtifactError, FeedError, RuntimeMissingError
 from runtimes.generation import generate
@@ -429,6 +432,57 @@ def test_two_runners_do_not_share_anything(simulation: Simulation, reference: Ru
     assert simulation.device.alive() == {}
 
 
+@pytest.mark.parametrize("cuda_graphs", [True, False])
+@pytest.mark.parametrize("target", TARGETS)
+def test_rows_are_reordered(simulation: Simulation, target: str, cuda_graphs: bool) -> None:
+    """On the device, for both libraries, and with graphs that were captured before."""
+    with open_runner(simulation.artifact, target, cuda_graphs=cuda_graphs) as runner:
+        assert_wrong_rows_are_refused(runner)
+        assert_rows_are_reordered(runner)
+    assert simulation.device.alive() == {}
+
+
+@pytest.mark.parametrize(("rows", "copies"), [([1, 0, 2], 3), ([1, 1, 2], 1), ([0, 1, 2], 0)])
+def test_reordering_leaves_graphs_valid_and_the_host_alone(
+    simulation: Simulation, runner: Runner, rows: list[int], copies: int
+) -> None:
+    """Only copies on the device: of each row that moves, and of the whole tensor first where rows change places. The
+    next decode steps are replayed from the same graph.
+    """
+    decoding = Decoding(runner)
+    decoding.prefill(PROMPTS)
+    for _ in range(2):
+        decoding.decode(np.array([3, 4, 5]))
+    start = len(simulation.device.log)
+    decoding.reorder(np.array(rows))
+    runner.read_cache(0)
+    tensors = len(runner.cache_spec.past_names())
+    on_device = ["cudaMemcpyDeviceToDevice"] * tensors * copies
+    assert simulation.device.log[start:] == [*on_device, "cudaMemcpyDeviceToHost"]
+    replayed = simulation.count("graph engine")
+    decoding.decode(np.array([3, 4, 5]))
+    assert simulation.count("graph engine") == replayed + 1
+    assert simulation.device.executable_graphs() == 1
+
+
+def test_beam_search_finds_what_it_finds_on_onnxruntime(runner: Runner, reference: Runner) -> None:
+    """Rows of the cache move between steps that are replayed from graphs."""
+    found, expected = (beam_search(each, PROMPTS[:2], 4, 20, stop_ids=[2]) for each in (runner, reference))
+    for ours, theirs in zip(found.hypotheses, expected.hypotheses, strict=True):
+        assert [each.token_ids for each in ours] == [each.token_ids for each in theirs]
+
+
+def test_no_memory_to_reorder_rows(simulation: Simulation, runner: Runner) -> None:
+    """An error, and a cache that is as it was."""
+    runner.reset(2)
+    runner.fill_cache(2.0)
+    simulation.device.failing["cudaMalloc"] = sim.Error.cudaErrorMemoryAllocation
+    with pytest.raises(RuntimeError, match="cudaErrorMemoryAllocation"):
+        runner.reorder_rows(np.array([1, 0]))
+    assert (runner.read_cache(0) == 2.0).all()
+    runner.reorder_rows(np.array([1, 0]))
+
+
 # --- what it refuses --------------------------------------------------------------------------------------------------
 
 
@@ -460,6 +514,7 @@ def test_use_before_reset_and_after_close_is_refused(simulation: Simulation) -> 
         lambda: runner.step(valid_feeds()),
         lambda: runner.read_cache(0),
         lambda: runner.fill_cache(0.0),
+        lambda: runner.reorder_rows(np.array([0])),
     ]
     for use in uses:
         with pytest.raises(FeedError, match="this runner is closed"):
@@ -713,6 +768,14 @@ def test_gpu_cache_is_updated_in_place(gpu_artifact: Artifact) -> None:
     """Slots that no token was written to keep what they held."""
     with _on_gpu(gpu_artifact) as runner:
         assert_only_the_next_slot_is_written(runner)
+
+
+@pytest.mark.cuda
+def test_gpu_rows_are_reordered(gpu_artifact: Artifact) -> None:
+    """The moves are exact; a batch of other rows may round elsewhere."""
+    with _on_gpu(gpu_artifact) as runner:
+        assert_wrong_rows_are_refused(runner)
+        assert_rows_are_reordered(runner, atol=1e-2)
 
 
 @pytest.mark.cuda

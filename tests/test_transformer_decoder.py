@@ -9,13 +9,16 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from exporter.layouts import LAYOUTS
 from exporter.pipeline import ExportRequest, ExportResult, export
+from exporter.precision import PRECISIONS, cache_spec
 from exporter.progress import Quiet
 from exporter.stateless import STATELESS_FILE, export_stateless
 from exporter.targets.tensorrt import build_engine
@@ -26,6 +29,8 @@ from graphs.checkpoint import open_checkpoint
 from graphs.errors import CheckpointError
 from graphs.families import FAMILIES, find_family
 from graphs.loading import load_decoder
+from runtimes.decoding import Decoding
+from runtimes.eager_runner import EagerRunner
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = {
@@ -120,6 +125,32 @@ def test_a_decoder_goes_the_whole_way(name: str, tmp_path: Path) -> None:
         )
     )
     assert not failures(half)
+
+
+@pytest.mark.parametrize("name", list(DECODERS))
+def test_rows_that_wait_and_rows_that_move(name: str, tmp_path: Path) -> None:
+    """A row that skips a step, or whose state moves to another row, goes on as if it were alone."""
+    checkpoint = open_checkpoint(save_decoder(tmp_path / "checkpoint", **DECODERS[name]))
+    family = find_family(checkpoint.config, checkpoint.tensors)
+    config = family.parse_config(checkpoint.config)
+    decoder = load_decoder(family, config, checkpoint)
+    cache = cache_spec(decoder, 24, PRECISIONS["fp32"])
+    signature = LAYOUTS["portable"].signature(config, cache, 3)
+
+    def open_decoding() -> Decoding:
+        return Decoding(EagerRunner(LAYOUTS["portable"].wrap(decoder), signature, cache))
+
+    prompts = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14]]
+    together = open_decoding()
+    together.prefill(prompts)
+    together.decode(np.array([20, 0, 21]), np.array([True, False, True]))  # row 1 waits
+    together.decode(np.array([22, 23, 0]), np.array([True, True, False]))  # row 2 waits
+    together.reorder(np.array([1, 2, 1]))
+    found = together.decode(np.array([24, 25, 26]))
+    for row, tokens in enumerate(([*prompts[1], 23, 24], [*prompts[2], 21, 25], [*prompts[1], 23, 26])):
+        alone = open_decoding()
+        alone.prefill([tokens[:-1]])
+        np.testing.assert_allclose(found[row], alone.decode(np.array(tokens[-1:]))[0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -17,8 +17,9 @@ from graphs.config import DecoderConfig, LayerKind
 from graphs.errors import CheckpointError
 from graphs.families import FAMILIES, find_family
 from graphs.families.family import Family
-from graphs.layers import ACTIVATIONS, NORMS
+from graphs.layers import NORMS
 from graphs.loading import check_weights
+from graphs.ops import ACTIVATION_FUNCTIONS
 from graphs.positions import ABSOLUTE, ROPE_TYPES
 
 
@@ -114,7 +115,7 @@ def known() -> dict[str, dict[str, str] | list[str]]:
         "rope_type": list(ROPE_TYPES),
         "position_embedding": ["rope", *ABSOLUTE, "none"],
         "norm": list(NORMS),
-        "hidden_act": list(ACTIVATIONS),
+        "hidden_act": list(ACTIVATION_FUNCTIONS),
         "layout": list(LAYOUTS),
         "precision": list(PRECISIONS),
         "target": list(TARGETS),

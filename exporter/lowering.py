@@ -7,6 +7,7 @@ exporter/weights.py points them at safetensors files.
 from collections.abc import Mapping
 
 import onnx_ir as ir
+import onnx_ir.passes.common as common
 import onnxscript.optimizer
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ def lower(
         assert onnx_program is not None
         model = onnx_program.model
         _bind_initializers(model, tensor_names, buffers)
-        onnxscript.optimizer.optimize_ir(model, onnx_shape_inference=False)
+        _optimize(model)
     name_interface(model, signature)
     name_nodes(model)
     strip_metadata(model)
@@ -58,16 +59,41 @@ def lower(
 
 def _bind_initializers(model: ir.Model, tensor_names: Mapping[str, TensorRef], buffers: Mapping[str, Tensor]) -> None:
     """Give parameters their checkpoint names and no value (so that no pass can look inside), buffers their values."""
-    for name, value in list(model.graph.initializers.items()):
+    initializers = model.graph.initializers
+    for name, value in list(initializers.items()):
         inner = name.removeprefix(f"{WRAPPED}.")
         if not value.uses():
-            del model.graph.initializers[name]
+            del initializers[name]
         elif inner in tensor_names:
             value.const_value = None
             value.name = tensor_names[inner].label
+        elif (shared := _first_name(inner, buffers)) in initializers:
+            ir.convenience.replace_all_uses_with(value, initializers[shared])
+            del initializers[name]
         else:
-            value.name = _first_name(inner, buffers)
-            value.const_value = ir.tensor(buffers[inner].numpy(), name=value.name)
+            value.name = shared
+            value.const_value = ir.tensor(buffers[inner].numpy(), name=shared)
+
+
+def _optimize(model: ir.Model) -> None:
+    """Fold what is constant, and drop what is unused or computed twice.
+
+    onnxscript's own optimize_ir also tries its rewrite rules on every node, in time that grows with the square of
+    their number; the lowerings leave those rules nothing to do.
+    """
+    common.InlinePass()(model)
+    onnxscript.optimizer.fold_constants_ir(model, onnx_shape_inference=False)
+    for step in (
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedFunctionsPass(),
+        common.RemoveUnusedOpsetsPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.OutputFixPass(),
+        common.NameFixPass(),
+    ):
+        step(model)
 
 
 def _first_name(name: str, buffers: Mapping[str, Tensor]) -> str:

@@ -75,7 +75,7 @@ class DecoderConfig:
     attention_output_bias: bool = False
     mlp_bias: bool = False
     norm: str = "rms_norm"  # an entry of graphs.layers.NORMS
-    hidden_act: str = "silu"  # an entry of graphs.layers.ACTIVATIONS
+    hidden_act: str = "silu"  # an entry of graphs.ops.ACTIVATION_FUNCTIONS
     gated_mlp: bool = True  # SwiGLU and its like; False: two matrices
     qk_norm: bool = False  # each query and key head is normalised
     post_norms: bool = False  # the results of attention and feed-forward are normalised as well

@@ -64,21 +64,18 @@ NORMS: dict[str, Callable[[int, float], nn.Module]] = {
 }
 
 
-class TanhGELU(nn.Module):
-    """0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))); arXiv:1606.08415 section 2."""
+class Activation(nn.Module):
+    """One of graphs.ops.ACTIVATION_FUNCTIONS, as a module."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(x, approximate="tanh")
+        return ops.ACTIVATION_FUNCTIONS[self.name](x)
 
 
-# hidden_act, under Hugging Face's names
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "silu": nn.SiLU,
-    "gelu": nn.GELU,
-    "gelu_pytorch_tanh": TanhGELU,
-    "relu": nn.ReLU,
-}
-# further names of the same
+# further names of some of graphs.ops.ACTIVATION_FUNCTIONS
 ACTIVATION_ALIASES = {"swish": "silu", "gelu_new": "gelu_pytorch_tanh"}
 
 
@@ -100,7 +97,7 @@ class FeedForward(nn.Module):
         self.w1 = gate_proj
         self.w2 = down_proj
         self.w3 = up_proj
-        self.activation = nn.SiLU() if activation is None else activation
+        self.activation = Activation("silu") if activation is None else activation
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.activation(self.w1(x))
@@ -112,8 +109,12 @@ class FeedForward(nn.Module):
 class MoE(Chooser):
     """A router picks num_experts_per_tok experts for each token; Mixtral, arXiv:2401.04088 section 2.1.
 
-    Every expert is computed for every token and weighted, with 0 where it was not picked. So no shape depends on the
-    data, and the graph runs on every runtime; it costs num_experts / num_experts_per_tok times the arithmetic.
+    The exported graph computes every expert for every token and weights it, with 0 where it was not picked. So no shape
+    depends on the data, and the graph runs on every runtime; it costs num_experts / num_experts_per_tok times the
+    arithmetic. Eager PyTorch computes an expert for the tokens that picked it.
+
+    Args:
+        experts: all of one kind, with an Activation and without biases.
     """
 
     def __init__(self, router: nn.Linear, experts: list[FeedForward], config: ExpertsConfig) -> None:
@@ -132,12 +133,17 @@ class MoE(Chooser):
             best = probs.gather(-1, picked)
         if self.norm_topk_prob:
             best = best / best.sum(dim=-1, keepdim=True)
-        weights = torch.zeros_like(probs).scatter(-1, picked, best)
-        out = torch.zeros_like(x, dtype=wide)
+        if torch.compiler.is_exporting():
+            weights = torch.zeros_like(probs).scatter(-1, picked, best)
+            w1, w2, w3 = ([getattr(e, w).weight for e in self.experts if getattr(e, w)] for w in ("w1", "w2", "w3"))
+            return ops.experts(x, weights, w1, w2, w3, self.experts[0].activation.name)
+        tokens, picked, best = x.flatten(0, -2), picked.flatten(0, -2), best.flatten(0, -2)
+        out = torch.zeros_like(tokens, dtype=wide)
         for index, expert in enumerate(self.experts):
-            weight = weights[..., index : index + 1]
-            out = out + torch.where(weight > 0, expert(x).to(wide) * weight, 0.0)  # what overflows there is not used
-        return out.to(x.dtype)
+            token, choice = torch.where(picked == index)
+            if len(token):
+                out = out.index_add(0, token, expert(tokens[token]).to(wide) * best[token, choice].unsqueeze(-1))
+        return out.reshape(x.shape).to(x.dtype)
 
 
 def build_feed_forward(config: DecoderConfig, intermediate_size: int) -> FeedForward:
@@ -147,7 +153,7 @@ def build_feed_forward(config: DecoderConfig, intermediate_size: int) -> FeedFor
         gate_proj=nn.Linear(hidden, intermediate_size, bias=bias),
         down_proj=nn.Linear(intermediate_size, hidden, bias=bias),
         up_proj=nn.Linear(hidden, intermediate_size, bias=bias) if config.gated_mlp else None,
-        activation=ACTIVATIONS[config.hidden_act](),
+        activation=Activation(config.hidden_act),
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -89,7 +90,7 @@ def attention_reference(
         scores = scores - slopes.to(dtype).reshape(kv_heads, group, 1, 1) * distances.to(dtype)[:, None, None]
     scores = scores.masked_fill(~mask.unsqueeze(2), float("-inf"))
     if top_k:
-        padded = torch.nn.functional.pad(scores, (0, top_k), value=float("-inf"))  # there may be fewer keys than top_k
+        padded = F.pad(scores, (0, top_k), value=float("-inf"))  # there may be fewer keys than top_k
         scores = scores.masked_fill(scores < padded.topk(top_k, dim=-1).values[..., -1:], float("-inf"))
     out = torch.softmax(scores, dim=-1) @ v
     return out.reshape(batch, heads, queries, v_BKTD.shape[-1]).to(q_BHSD.dtype)
@@ -103,6 +104,32 @@ def split_heads_reference(x: Tensor, head_dim: int) -> Tensor:
 def merge_heads_reference(x_BHSD: Tensor) -> Tensor:
     """[B, heads, S, D] -> [B, S, heads * D], the inverse of split_heads."""
     return x_BHSD.transpose(1, 2).flatten(2)
+
+
+# hidden_act, under Hugging Face's names
+ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),  # arXiv:1606.08415 section 2
+    "relu": F.relu,
+}
+
+
+def experts_reference(
+    x: Tensor, weights: Tensor, w1: list[Tensor], w2: list[Tensor], w3: list[Tensor], act: str
+) -> Tensor:
+    """sum_e weights_e * w2_e(act(w1_e(x)) * w3_e(x)): every expert on every token; Mixtral, arXiv:2401.04088.
+
+    weights [B, S, E] are at least float32, and 0 for experts that a token does not get, whose result is not used even
+    if it overflows. Without w3 (an empty list), experts are w2_e(act(w1_e(x))).
+    """
+    out = torch.zeros_like(x, dtype=weights.dtype)
+    for index in range(len(w1)):
+        h = ACTIVATION_FUNCTIONS[act](F.linear(x, w1[index]))
+        h = h * F.linear(x, w3[index]) if w3 else h
+        weight = weights[..., index : index + 1]
+        out = out + torch.where(weight > 0, F.linear(h, w2[index]).to(weights.dtype) * weight, 0.0)
+    return out.to(x.dtype)
 
 
 def _copy(view: Tensor) -> Tensor:
@@ -190,6 +217,17 @@ def merge_heads(x: Tensor) -> Tensor:
 @merge_heads.register_fake
 def _(x: Tensor) -> Tensor:
     return x.new_empty((x.shape[0], x.shape[2], x.shape[1] * x.shape[3]))
+
+
+# Hundreds of experts are hundreds of nodes in the graph, but one when the decoder is traced, which takes time for each.
+@torch.library.custom_op("export_llm::experts", mutates_args=())
+def experts(x: Tensor, weights: Tensor, w1: list[Tensor], w2: list[Tensor], w3: list[Tensor], act: str) -> Tensor:
+    return _copy(experts_reference(x, weights, w1, w2, w3, act))
+
+
+@experts.register_fake
+def _(x: Tensor, weights: Tensor, w1: list[Tensor], w2: list[Tensor], w3: list[Tensor], act: str) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 REFERENCES: dict[Any, Callable[..., Tensor]] = {

@@ -10,7 +10,7 @@ import torch
 from onnxscript import values
 from torch import Tensor, nn
 
-from exporter.layouts.layout import Layout
+from exporter.layouts.layout import Layout, Lowering
 from graphs.config import DecoderConfig
 from graphs.state import LayerState
 from graphs.transformer import TransformerDecoder
@@ -146,6 +146,32 @@ def _plain_attention(
     return op.CastLike(op.Reshape(out, op.Constant(value_ints=[0, heads, -1, v.shape[3]])), q)
 
 
+def _experts(x: Any, weights: Any, w1: list[Any], w2: list[Any], w3: list[Any], act: str) -> Any:
+    zero, out = op.Constant(value_float=0.0), None
+    for index in range(len(w1)):
+        h = ACTIVATIONS[act](_linear(x, w1[index]))
+        h = op.Mul(h, _linear(x, w3[index])) if w3 else h
+        first, end, axis = (op.Constant(value_ints=[number]) for number in (index, index + 1, 2))
+        weight = op.Slice(weights, first, end, axis)
+        part = op.Mul(op.Cast(_linear(h, w2[index]), to=_FLOAT), weight)
+        part = op.Where(op.Greater(weight, zero), part, zero)
+        out = part if out is None else op.Add(out, part)
+    return op.CastLike(out, x)
+
+
+def _linear(x: Any, weight: Any) -> Any:
+    return op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
+
+
+# hidden_act, as graphs.ops.ACTIVATION_FUNCTIONS has them
+ACTIVATIONS: dict[str, Lowering] = {
+    "silu": lambda x: op.Mul(x, op.Sigmoid(x)),
+    "gelu": lambda x: op.Gelu(x),
+    "gelu_pytorch_tanh": lambda x: op.Gelu(x, approximate="tanh"),
+    "relu": lambda x: op.Relu(x),
+}
+
+
 def _split_heads(x: Any, head_dim: int) -> Any:
     return op.Transpose(op.Reshape(x, op.Constant(value_ints=[0, 0, -1, head_dim])), perm=[0, 2, 1, 3])
 
@@ -168,5 +194,6 @@ LAYOUT = Layout(
         _ops.attention.default: _attention,
         _ops.split_heads.default: _split_heads,
         _ops.merge_heads.default: _merge_heads,
+        _ops.experts.default: _experts,
     },
 )

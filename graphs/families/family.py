@@ -8,7 +8,8 @@ from graphs.checkpoint import TensorRef
 from graphs.config import DecoderConfig, LayerKind
 from graphs.errors import CheckpointError
 from graphs.keys import MAX_LAYERS, Keys
-from graphs.layers import ACTIVATION_ALIASES, ACTIVATIONS
+from graphs.layers import ACTIVATION_ALIASES
+from graphs.ops import ACTIVATION_FUNCTIONS
 
 TensorNames = dict[str, TensorRef]  # {parameter name: where its numbers are in the checkpoint}
 
@@ -79,7 +80,7 @@ def read_sizes(
 
 def read_activation(keys: Keys, key: str = "hidden_act", default: str = "silu") -> str:
     """An activation that we have, under its first Hugging Face name."""
-    name: str = keys.one_of(key, (*ACTIVATIONS, *ACTIVATION_ALIASES), default)
+    name: str = keys.one_of(key, (*ACTIVATION_FUNCTIONS, *ACTIVATION_ALIASES), default)
     return ACTIVATION_ALIASES.get(name, name)
 
 

@@ -45,6 +45,8 @@ def parse_config(raw: Mapping[str, Any]) -> DecoderConfig:
     rope = _read_rope(keys, sizes) if positions == "rope" else None
     for key in () if rope else ("rope_scaling", "rope_parameters"):
         keys.only(key, ())  # there is nothing for it to say
+    if raw.keys() & {"num_local_experts", "num_experts"}:
+        keys.only("mlp_bias", (False,))  # experts have none
     experts = _read_experts(keys) if raw.keys() & {"num_local_experts", "num_experts"} else None
     kinds = {name: _kind(keys, name, rope if name in ROTATED else None, experts) for name in dict.fromkeys(names)}
     if not any(name in SCORED for name in names):

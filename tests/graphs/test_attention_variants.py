@@ -1029,7 +1029,6 @@ DECODERS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
             "hidden_act": "gelu",
             "gated_mlp": False,
             "attention_bias": True,
-            "mlp_bias": True,
             "num_experts": 3,
             "num_experts_per_tok": 2,
             "embedding_multiplier": 2.0,

@@ -19,7 +19,8 @@ from graphs.config import DecoderConfig, LayerKind, RopeConfig
 from graphs.errors import CheckpointError
 from graphs.families import FAMILIES, find_family, llama
 from graphs.keys import HARMLESS_KEYS, MATHS_KEYS, MAX_LAYERS, read_json
-from graphs.layers import ACTIVATION_ALIASES, ACTIVATIONS
+from graphs.layers import ACTIVATION_ALIASES
+from graphs.ops import ACTIVATION_FUNCTIONS
 from graphs.positions import ROPE_TYPES, RotaryPositionalEmbeddings, inverse_frequencies
 from graphs.rope_config import ROPE_READERS
 
@@ -161,7 +162,7 @@ def test_numbers_may_be_written_as_doubles_or_integers() -> None:
     assert isinstance(parse(hidden_size=64.0).hidden_size, int)
 
 
-@pytest.mark.parametrize("hidden_act", list(ACTIVATIONS))
+@pytest.mark.parametrize("hidden_act", list(ACTIVATION_FUNCTIONS))
 def test_activation_is_the_one_that_transformers_has_under_its_name(hidden_act: str) -> None:
     x = torch.linspace(-6, 6, 1001)
     activation = build_decoder(parse(hidden_act=hidden_act)).layers[1].mlp.activation
@@ -280,7 +281,7 @@ def test_head_dim_must_be_even() -> None:
     "hidden_act", ["gelu_fast", "quick_gelu", "relu2", "sigmoid", "tanh", "SiLU", "", ["silu"], {}, 1, True]
 )
 def test_other_activations_are_refused(hidden_act: Any) -> None:
-    allowed = ", ".join(f'"{name}"' for name in (*ACTIVATIONS, *ACTIVATION_ALIASES))
+    allowed = ", ".join(f'"{name}"' for name in (*ACTIVATION_FUNCTIONS, *ACTIVATION_ALIASES))
     refused(f"config.json: hidden_act must be one of {allowed}, found {json.dumps(hidden_act)}", hidden_act=hidden_act)
 
 

@@ -27,7 +27,6 @@ from graphs.errors import CheckpointError
 from graphs.families import FAMILIES
 from graphs.keys import Keys
 from graphs.layers import (
-    ACTIVATIONS,
     NORMS,
     FeedForward,
     GemmaRMSNorm,
@@ -37,6 +36,7 @@ from graphs.layers import (
     build_feed_forward,
     build_mlp,
 )
+from graphs.ops import ACTIVATION_FUNCTIONS
 from graphs.positions import ABSOLUTE, ROPE_TYPES, RotaryPositionalEmbeddings, SinusoidalPositionalEmbeddings
 from graphs.rope_config import ROPE_READERS, parse_rope
 
@@ -163,20 +163,20 @@ ACTIVATION_FORMULAS: dict[str, Callable[[float], float]] = {
     "gelu_new": lambda x: 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
     "relu": lambda x: max(x, 0.0),
 }
-every_activation = pytest.mark.parametrize("name", list(ACTIVATIONS))
+every_activation = pytest.mark.parametrize("name", list(ACTIVATION_FUNCTIONS))
 
 
 @every_activation
 def test_activation_is_its_formula_and_transformers(name: str) -> None:
     x = torch.linspace(-8, 8, 1001, dtype=torch.float64)
-    found = ACTIVATIONS[name]()(x)
+    found = ACTIVATION_FUNCTIONS[name](x)
     close(found, np.array([ACTIVATION_FORMULAS[name](number) for number in x.tolist()]), 1e-14)
     close(found, ACT2FN[name](x), 1e-14)
 
 
 def test_both_forms_of_gelu_are_told_apart() -> None:
     x = torch.linspace(-3, 3, 101, dtype=torch.float64)
-    assert (ACTIVATIONS["gelu"]()(x) - ACTIVATIONS["gelu_pytorch_tanh"]()(x)).abs().max() > 1e-4
+    assert (ACTIVATION_FUNCTIONS["gelu"](x) - ACTIVATION_FUNCTIONS["gelu_pytorch_tanh"](x)).abs().max() > 1e-4
 
 
 def config(**changes: Any) -> DecoderConfig:

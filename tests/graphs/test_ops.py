@@ -480,3 +480,27 @@ def test_gradient_of_one_input_alone(asked: int) -> None:
     ops.attention(*args).square().sum().backward()
     assert [isinstance(a, Tensor) and a.grad is not None for a in args[:3]] == [i == asked for i in range(3)]
     assert torch.autograd.gradcheck(ops.attention, tuple(args), fast_mode=True)
+
+
+# --- experts -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("act", list(ops.ACTIVATION_FUNCTIONS))
+def test_experts(act: str, gated: bool) -> None:
+    """A plain loop over tokens and experts in float64; what overflows in an expert of weight 0 is not used."""
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 4, generator=rng, dtype=torch.float64)
+    w1, w3 = (list(torch.randn(3, 5, 4, generator=rng, dtype=torch.float64)) for _ in range(2))
+    w2 = list(torch.randn(3, 4, 5, generator=rng, dtype=torch.float64))
+    weights = torch.rand(2, 3, 3, generator=rng, dtype=torch.float64)
+    weights[..., 1] = 0
+    w2[1] = torch.full_like(w2[1], float("inf"))
+    found = ops.experts(x, weights, w1, w2, w3 if gated else [], act)
+    for b in range(2):
+        for s in range(3):
+            expected = torch.zeros(4, dtype=torch.float64)
+            for e in (0, 2):
+                h = ops.ACTIVATION_FUNCTIONS[act](w1[e] @ x[b, s]) * (w3[e] @ x[b, s] if gated else 1)
+                expected += weights[b, s, e] * (w2[e] @ h)
+            torch.testing.assert_close(found[b, s], expected)

@@ -161,7 +161,7 @@ HARMLESS_KEYS = frozenset(
     num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id
     remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens tf_legacy_loss
     cross_attention_hidden_size rope_type embd_pdrop mlp_dropout layer_norm_dropout output_router_logits
-    router_aux_loss_coef router_jitter_noise cache_implementation
+    router_aux_loss_coef router_jitter_noise cache_implementation max_window_layers
     """.split()  # noqa: SIM905
 )
 
@@ -198,6 +198,9 @@ MATHS_KEYS: dict[str, tuple[Any, ...]] = {
     "use_parallel_residual": (False,),
     "is_causal": (True,),
     "rope_interleaved": (False,),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "use_mrope": (False,),
     "layer_types": (),
     "hidden_activation": (),
     "use_bidirectional_attention": (False,),

@@ -21,6 +21,7 @@ def parse_config(raw: Mapping[str, Any]) -> DecoderConfig:
     keys = Keys(raw)
     sizes = read_sizes(keys, longest=32_768, kv_heads=32)
     kind = LayerKind(rope=parse_rope(keys, sizes["head_dim"], sizes["max_position_embeddings"]))
+    keys.get("attention_bias")  # written by some tools; transformers does not read it, there always are biases
     config = DecoderConfig(
         model_type="qwen2",
         **sizes,

@@ -286,7 +286,7 @@ def test_other_activations_are_refused(hidden_act: Any) -> None:
 
 
 # Of MATHS_KEYS, those that Llama has itself: what it refuses of them is further below.
-LLAMAS_OWN = {"layer_types"}
+LLAMAS_OWN = {"layer_types", "attention_bias", "mlp_bias"}
 # A value with which a relative of Llama computes something else, for every other key that MATHS_KEYS lists.
 CHANGED: dict[str, Any] = {
     "quantization_config": {"quant_method": "gptq", "bits": 4},
@@ -326,6 +326,7 @@ CHANGED: dict[str, Any] = {
     "mlp_only_layers": [0],
     "shared_expert_intermediate_size": 512,
     "rope_local_base_freq": 10_000.0,
+    "use_mrope": True,
 }
 # The value of each key, where it has one, with which nothing changes.
 NEUTRAL: dict[str, Any] = {
@@ -348,6 +349,7 @@ NEUTRAL: dict[str, Any] = {
     "rope_interleaved": False,
     "use_bidirectional_attention": False,
     "mlp_only_layers": [],
+    "use_mrope": False,
 }
 
 

@@ -281,7 +281,7 @@ def inspect(path: Path | None, as_json: bool) -> None:
         shown = facts | {"refused": "\n".join(facts["refused"]) or "nothing"}
         _print_facts({key.replace("_", " "): value for key, value in shown.items()}, title=str(path))
     if facts["refused"]:
-        raise ExportError(f"export refuses {path}: {facts['refused'][0]}")
+        raise ExportError(f"export refuses {path}: {facts['refused'][0].splitlines()[0]}")
 
 
 def main() -> None:

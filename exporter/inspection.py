@@ -1,4 +1,4 @@
-"""What a checkpoint is and what export would refuse in it, without reading a weight; and what export knows at all."""
+"""What a checkpoint is and what export would refuse in it, from its headers; and what export knows at all."""
 
 import sys
 from collections import Counter

@@ -22,6 +22,7 @@ from graphs.keys import read_json
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
+MOST_PROBLEMS = 40  # lines of one message
 CHUNK_BYTES = 16 << 20  # how much of a file is held at once when it is streamed
 
 # safetensors dtype: (torch dtype, bytes per element)
@@ -195,7 +196,7 @@ def check_tensors(
     ignorable: Callable[[str], bool],
     duplicates: Mapping[str, str],
 ) -> None:
-    """Compare the checkpoint with {tensor name: shape}; CheckpointError lists everything that is wrong.
+    """Compare the checkpoint with {tensor name: shape}; CheckpointError lists what is wrong, up to MOST_PROBLEMS.
 
     Args:
         ignorable: says of a tensor's name that it may be there and is not used.
@@ -223,7 +224,9 @@ def check_tensors(
                 f" false to use {name}, or remove it"
             )
     if problems:
-        lines = "\n  ".join(problems)
+        more = len(problems) - MOST_PROBLEMS
+        shown = problems[:MOST_PROBLEMS] + ([f"and {more} more"] if more > 0 else [])
+        lines = "\n  ".join(shown)
         raise CheckpointError(
             f"{checkpoint.folder} does not hold the tensors that its config.json describes:\n  {lines}"
         )

@@ -16,6 +16,8 @@ from graphs.errors import CheckpointError
 log = logging.getLogger(__name__)
 
 MAX_LAYERS = 4096  # a config.json that asks for more is damaged; refuse before a loop runs over it
+MAX_EXPERTS = 4096
+MAX_HEAD_DIM = 65_536
 MAX_DIM = 2**31 - 1
 
 
@@ -160,7 +162,7 @@ HARMLESS_KEYS = frozenset(
     typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
     num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id
     remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens tf_legacy_loss
-    cross_attention_hidden_size rope_type embd_pdrop mlp_dropout layer_norm_dropout output_router_logits
+    cross_attention_hidden_size embd_pdrop mlp_dropout layer_norm_dropout output_router_logits
     router_aux_loss_coef router_jitter_noise cache_implementation max_window_layers
     """.split()  # noqa: SIM905
 )
@@ -201,6 +203,7 @@ MATHS_KEYS: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
     "mlp_bias": (False,),
     "use_mrope": (False,),
+    "rope_type": ("default",),
     "layer_types": (),
     "hidden_activation": (),
     "use_bidirectional_attention": (False,),

@@ -25,7 +25,8 @@ def parse_rope(
         original_max: original_max_position_embeddings where this model_type reads it from outside of the rope keys.
     """
     raw, where = rope_mapping(keys)
-    raw.setdefault("rope_theta", keys.get("rope_theta", default_theta))
+    theta = keys.get("rope_theta")
+    raw.setdefault("rope_theta", default_theta if theta is None else theta)
     if not partial:
         keys.only("partial_rotary_factor", (1, 1.0))
     outer_factor = keys.get("partial_rotary_factor")
@@ -35,10 +36,14 @@ def parse_rope(
             raise CheckpointError(
                 f"{keys.where}: partial_rotary_factor = {short(outer_factor)} contradicts {where}: remove one of them"
             )
+    outer = keys.get("original_max_position_embeddings")
+    if original_max is None and outer is not None and raw.get("rope_type", raw.get("type")) in STRETCHED:
+        raw.setdefault("original_max_position_embeddings", outer)
     rope = read_rope(
         raw, f"{keys.where}: {where}", head_dim, max_position_embeddings, partial=partial, original_max=original_max
     )
-    outer = keys.get("original_max_position_embeddings")
+    if theta is not None and raw["rope_theta"] != theta:
+        raise CheckpointError(f"{keys.where}: rope_theta = {short(theta)} contradicts {where}: remove one of them")
     if original_max is None and outer not in (None, raw.get("original_max_position_embeddings")):
         raise CheckpointError(
             f"{keys.where}: original_max_position_embeddings = {short(outer)} contradicts {where} (rope type"
@@ -96,7 +101,7 @@ def read_rope(
         rope.used.add("original_max_position_embeddings")
         rope.raw = {**raw, "original_max_position_embeddings": original_max}
     values |= ROPE_READERS[rope_type](rope, dim, max_position_embeddings)
-    unknown = sorted(set(raw) - rope.used)
+    unknown = sorted(set(raw) - rope.used - {"finetuned"})  # which says nothing of the maths
     if rope_type == "default":  # transformers leaves the scaling keys of other types at null, or writes a factor of 1
         unknown = [key for key in unknown if raw[key] is not None and not (key == "factor" and raw[key] == 1.0)]
     if unknown:
@@ -115,6 +120,7 @@ def _linear(rope: Keys, dim: int, longest: int) -> dict[str, Any]:
 def _dynamic(rope: Keys, dim: int, longest: int) -> dict[str, Any]:
     if dim < 4:
         raise CheckpointError(f"{rope.where}: rope type dynamic needs at least 4 rotated numbers a head, found {dim}")
+    rope.get("original_max_position_embeddings")  # transformers does not read it for this type
     factor = rope.number("factor")
     if factor < 1:
         raise CheckpointError(f"{rope.where}: factor must be at least 1 for rope type dynamic, found {factor:g}")
@@ -175,6 +181,7 @@ def _longrope(rope: Keys, dim: int, longest: int) -> dict[str, Any]:
     }
 
 
+STRETCHED = ("llama3", "yarn", "longrope")  # the types that read original_max_position_embeddings
 # rope_type: reads its own keys, given the rotated dimensions and max_position_embeddings
 ROPE_READERS: dict[str, Callable[[Keys, int, int], dict[str, Any]]] = {
     "default": _default,

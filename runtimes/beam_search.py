@@ -1,8 +1,8 @@
 """Beam search over any runner: the likeliest continuations that a search of bounded width finds.
 
 Rows of the batch are prompts x beams. When a beam is continued twice and another not at all, their cache rows move with
-them (Runner.reorder_rows). Scores, and which finished candidates count, follow Hugging Face transformers; the stopping
-rule is its `early_stopping="never"`, which gives up only what cannot win any more.
+them (Runner.reorder_rows). Scores, which finished candidates count, and when the search ends follow Hugging Face
+transformers.
 """
 
 import dataclasses
@@ -65,10 +65,12 @@ def beam_search(
     stop_strings: Sequence[str] = (),
     decode: Decode | None = None,
     logprobs: bool = False,
+    early_stopping: bool | str = False,
 ) -> BeamSearch:
     """Search for the continuations of each prompt with the highest scores.
 
-    With num_beams of at least the number of possible continuations, the result is that of trying them all.
+    With num_beams of at least the number of possible continuations and early_stopping="never", the result is that of
+    trying them all.
 
     Args:
         prompts: token ids, one list per prompt; lengths may differ. Each takes num_beams rows of the artifact's batch.
@@ -77,11 +79,16 @@ def beam_search(
         length_penalty: above 0 favours long continuations, below 0 short ones; 0 compares plain sums.
         stop_ids, stop_strings, decode: as in runtimes.generation.generate.
         logprobs: report the prompts' log-probabilities too.
+        early_stopping: when num_beams continuations have ended: True stops; False stops unless a beam would beat the
+            worst of them if it ended now; "never" stops unless one could still beat it at some length, which may take
+            as many steps as the cache has room for.
 
     Raises:
         FeedError: more rows than the artifact takes, a cache that is too small, something missing or out of range.
     """
     _check(runner, prompts, num_beams, length_penalty)
+    if early_stopping not in (True, False, "never"):
+        raise FeedError(f'early_stopping must be True, False or "never", got {early_stopping!r}')
     max_new_tokens = limit_new_tokens(runner.cache_spec.max_len, prompts, max_new_tokens)
     check_stop_strings(stop_strings, decode)
     rows = [prompt for prompt in prompts for _ in range(num_beams)]
@@ -104,6 +111,7 @@ def beam_search(
             stop_ids=stop_ids,
             stop_strings=stop_strings,
             decode=decode,
+            early_stopping=early_stopping,
         )
         for prompt in prompts
     ]
@@ -152,6 +160,7 @@ class _Search:
     stop_ids: Sequence[int]
     stop_strings: Sequence[str]
     decode: Decode | None
+    early_stopping: bool | str
     finished: list[Hypothesis] = dataclasses.field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -209,16 +218,21 @@ class _Search:
         self.finished = sorted([*self.finished, found], key=lambda each: -each.score)[: self.num_beams]
 
     def _is_decided(self, going: list[_Beam]) -> bool:
-        """True when no beam can end with a score above the worst of num_beams finished ones."""
+        """True when no beam is expected to end above the worst of num_beams finished ones; see early_stopping."""
         if len(self.finished) < self.num_beams:
             return not going
+        if self.early_stopping is True:
+            return True
+        bounds = (self._score(beam.logprob, self._hopeful_length(len(beam.ids))) for beam in going)
+        return max(bounds, default=-math.inf) <= self.finished[-1].score
+
+    def _hopeful_length(self, length: int) -> int:
+        """The length at which a beam is compared with those that have ended."""
+        if self.early_stopping != "never":
+            return length
         # Sums only fall. A positive penalty divides the most at the last length, a negative one multiplies the least
         # at the next.
-        bounds = (
-            self._score(beam.logprob, self.max_new_tokens if self.length_penalty > 0 else len(beam.ids) + 1)
-            for beam in going
-        )
-        return max(bounds, default=-math.inf) <= self.finished[-1].score
+        return self.max_new_tokens if self.length_penalty > 0 else length + 1
 
     def _score(self, logprob: float, length: int) -> float:
         return logprob / length**self.length_penalty

@@ -217,7 +217,10 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
     ],
     "gemma3_text": [
         {"final_logit_softcapping": 3.0},
+        {"attn_logit_softcapping": 2.0},  # which transformers stores and does not apply
         {"sliding_window": 4},
+        {"sliding_window": None},
+        {"rope_parameters": DEFAULT_ROPE},
         {"rope_parameters": {"full_attention": DEFAULT_ROPE, "sliding_attention": DEFAULT_ROPE}},
         {"use_bidirectional_attention": True},
     ],

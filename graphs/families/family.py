@@ -7,7 +7,7 @@ from typing import Any
 from graphs.checkpoint import TensorRef
 from graphs.config import DecoderConfig, LayerKind
 from graphs.errors import CheckpointError
-from graphs.keys import MAX_LAYERS, Keys
+from graphs.keys import MAX_EXPERTS, MAX_HEAD_DIM, MAX_LAYERS, Keys, short
 from graphs.layers import ACTIVATION_ALIASES
 from graphs.ops import ACTIVATION_FUNCTIONS
 
@@ -61,6 +61,8 @@ def read_sizes(
         raise CheckpointError(f"num_heads ({heads}) must be a multiple of num_kv_heads ({kv_heads}): check config.json")
     absent = "head_dim" not in keys.raw
     dim = keys.integer("head_dim", head_dim if absent and head_dim is not None else hidden // heads)
+    if dim > MAX_HEAD_DIM:
+        raise CheckpointError(f"head_dim ({dim}) must be at most {MAX_HEAD_DIM}: check config.json")
     if dim % 2 and not odd_heads:
         raise CheckpointError(f"head_dim ({dim}) must be even for rotary embedding: check config.json")
     return {
@@ -87,9 +89,27 @@ def read_activation(keys: Keys, key: str = "hidden_act", default: str = "silu") 
 def read_layer_types(keys: Keys, layers: int, *, window: int | None) -> tuple[str, ...] | None:
     """`layer_types`, full_attention or sliding_attention for each layer; None where config.json has none."""
     types = keys.strings("layer_types", layers, ("full_attention", "sliding_attention"))
-    if types is not None and "sliding_attention" in types and window is None:
-        raise CheckpointError(f"{keys.where}: layer_types lists sliding_attention, but there is no sliding_window")
+    check_window(keys, types or (), window)
     return types
+
+
+def check_window(keys: Keys, types: tuple[str, ...], window: int | None) -> None:
+    """CheckpointError where a layer needs a window and there is none."""
+    if "sliding_attention" in types and window is None:
+        raise CheckpointError(
+            f"{keys.where}: layers of sliding_attention (layer_types) need a sliding_window, which is null or"
+            " switched off by use_sliding_window"
+        )
+
+
+def one_layer_type(keys: Keys, layers: int, window: int | None) -> None:
+    """Refuse `layer_types` that say something else than this model_type does: all layers alike."""
+    same = "full_attention" if window is None else "sliding_attention"
+    if keys.strings("layer_types", layers, ("full_attention", "sliding_attention")) not in (None, (same,) * layers):
+        raise CheckpointError(
+            f"{keys.where}: layer_types must all be {same} (sliding_window is {window}): this model_type's layers are"
+            f" alike, found {short(keys.get('layer_types'))}"
+        )
 
 
 def same_kind(layers: int, kind: LayerKind) -> dict[str, Any]:
@@ -101,6 +121,41 @@ def same_kind(layers: int, kind: LayerKind) -> dict[str, Any]:
 def windowed(kind: LayerKind, window: int | None) -> LayerKind:
     """The kind with a sliding window, if there is one."""
     return kind if window is None else replace(kind, attention="sliding_window", window=window)
+
+
+def read_window_layers(keys: Keys, layers: int, kind: LayerKind) -> dict[str, Any]:
+    """The layers' types: with use_sliding_window, those from max_window_layers on have a window unless listed."""
+    used = keys.boolean("use_sliding_window", False)
+    window = keys.optional_integer("sliding_window", 4096)
+    first = keys.integer("max_window_layers", 28, minimum=0)
+    window = window if used else None
+    types = read_layer_types(keys, layers, window=window)
+    if types is None:
+        types = tuple("full_attention" if window is None or i < first else "sliding_attention" for i in range(layers))
+    kinds = {"full_attention": kind, "sliding_attention": windowed(kind, window)}
+    return {"layer_types": types, "layer_kinds": {name: kinds[name] for name in sorted(set(types))}}
+
+
+def read_expert_counts(keys: Keys, *, num_experts: int, num_experts_per_tok: int) -> dict[str, int]:
+    """How many experts there are, under either of Hugging Face's two names, and how many a token gets.
+
+    Args:
+        num_experts, num_experts_per_tok: this model_type's values where a key is absent.
+    """
+    counts = [
+        keys.integer(key, num_experts, maximum=MAX_EXPERTS)
+        for key in ("num_local_experts", "num_experts")
+        if key in keys.raw
+    ]
+    if len(set(counts)) > 1:
+        raise CheckpointError(f"{keys.where}: num_local_experts ({counts[0]}) contradicts num_experts ({counts[1]})")
+    count = counts[0] if counts else num_experts
+    used = keys.integer("num_experts_per_tok", num_experts_per_tok)
+    if used > count:
+        raise CheckpointError(
+            f"{keys.where}: num_experts_per_tok ({used}) must be at most the number of experts ({count})"
+        )
+    return {"num_experts": count, "num_experts_per_tok": used}
 
 
 def huggingface_names(config: DecoderConfig) -> TensorNames:

@@ -6,6 +6,7 @@ from typing import Any
 from graphs.config import DecoderConfig, LayerKind
 from graphs.families.family import (
     Family,
+    check_window,
     huggingface_names,
     read_activation,
     read_layer_types,
@@ -22,10 +23,11 @@ def parse_config(raw: Mapping[str, Any]) -> DecoderConfig:
     sizes = read_sizes(keys, longest=8192, kv_heads=4, head_dim=256, tied=True)
     layers = sizes["num_hidden_layers"]
     kind = LayerKind(rope=parse_rope(keys, sizes["head_dim"], sizes["max_position_embeddings"]))
-    window = keys.integer("sliding_window", 4096)
+    window = keys.optional_integer("sliding_window", 4096)
     types = read_layer_types(keys, layers, window=window)
     if types is None:
         types = tuple("full_attention" if i % 2 else "sliding_attention" for i in range(layers))
+        check_window(keys, types, window)
     config = DecoderConfig(
         model_type="gemma2",
         **sizes | gemma_fields(keys, sizes["hidden_size"]),

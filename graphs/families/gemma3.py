@@ -1,11 +1,11 @@
-"""Gemma 3 (text), arXiv:2503.19786: a rotary embedding for each kind of layer, query and key norms, no softcaps."""
+"""Gemma 3 (text), arXiv:2503.19786: a rotary embedding for each kind of layer, query and key norms."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from graphs.config import DecoderConfig, LayerKind, RopeConfig
 from graphs.errors import CheckpointError
-from graphs.families.family import Family, huggingface_names, read_layer_types, read_sizes, windowed
+from graphs.families.family import Family, check_window, huggingface_names, read_layer_types, read_sizes, windowed
 from graphs.families.gemma2 import gemma_fields
 from graphs.keys import Keys, short
 from graphs.rope_config import read_rope, rope_mapping
@@ -18,11 +18,17 @@ def parse_config(raw: Mapping[str, Any]) -> DecoderConfig:
     keys = Keys(raw)
     sizes = read_sizes(keys, longest=131_072, kv_heads=4, head_dim=256, tied=True)
     layers = sizes["num_hidden_layers"]
-    window = keys.integer("sliding_window", 4096)
-    pattern = keys.integer("sliding_window_pattern", keys.integer("_sliding_window_pattern", 6))
+    window = keys.optional_integer("sliding_window", 4096)
+    pattern = keys.integer("sliding_window_pattern", 6)
     types = read_layer_types(keys, layers, window=window)
     if types is None:
+        keys.only(
+            "_sliding_window_pattern", (pattern,)
+        )  # transformers writes it, beside layer_types, and never reads it
         types = tuple("sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(layers))
+        check_window(keys, types, window)
+    keys.get("_sliding_window_pattern")
+    keys.only("attn_logit_softcapping", ())  # transformers keeps it and does not apply it
     ropes = read_ropes(keys, sizes["head_dim"], sizes["max_position_embeddings"])
     config = DecoderConfig(
         model_type="gemma3_text",
@@ -33,7 +39,6 @@ def parse_config(raw: Mapping[str, Any]) -> DecoderConfig:
             "sliding_attention": windowed(LayerKind(rope=ropes["sliding_attention"]), window),
         },
         qk_norm=True,
-        attn_logit_softcapping=keys.optional_number("attn_logit_softcapping", None),
         final_logit_softcapping=keys.optional_number("final_logit_softcapping", None),
     )
     keys.finish()
@@ -47,7 +52,9 @@ def read_ropes(keys: Keys, head_dim: int, longest: int) -> dict[str, RopeConfig]
     `rope_local_base_freq` for sliding attention, which is never scaled.
     """
     raw, where = rope_mapping(keys)
-    if not raw.keys() & THETA.keys():
+    if where == "rope_scaling":
+        if raw.keys() & THETA.keys():
+            raise CheckpointError(f"{keys.where}: {where} is for full attention alone: write rope_parameters instead")
         raw = {"full_attention": raw}
     unknown = sorted(raw.keys() - THETA.keys())
     if unknown:
@@ -61,6 +68,11 @@ def read_ropes(keys: Keys, head_dim: int, longest: int) -> dict[str, RopeConfig]
         value = raw.get(name) or {}
         if not isinstance(value, Mapping):
             raise CheckpointError(f"{keys.where}: {where}.{name} must be an object, found {short(value)}")
+        outer = "rope_theta" if name == "full_attention" else "rope_local_base_freq"
+        if "rope_theta" in value and outer in keys.raw and value["rope_theta"] != theta:
+            raise CheckpointError(
+                f"{keys.where}: {outer} = {short(theta)} contradicts {where}.{name}: remove one of them"
+            )
         ropes[name] = read_rope({"rope_theta": theta, **value}, f"{keys.where}: {where}.{name}", head_dim, longest)
     return ropes
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from graphs.config import DecoderConfig, LayerKind
-from graphs.families.family import Family, huggingface_names, read_activation, read_sizes, same_kind
+from graphs.families.family import Family, huggingface_names, one_layer_type, read_activation, read_sizes, same_kind
 from graphs.keys import Keys
 from graphs.rope_config import parse_rope
 
@@ -14,6 +14,7 @@ def parse_config(raw: Mapping[str, Any]) -> DecoderConfig:
     keys = Keys(raw)
     sizes = read_sizes(keys, longest=2048)
     rope = parse_rope(keys, sizes["head_dim"], sizes["max_position_embeddings"])
+    one_layer_type(keys, sizes["num_hidden_layers"], None)
     bias = keys.boolean("attention_bias", False)
     config = DecoderConfig(
         model_type="granite",

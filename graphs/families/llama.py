@@ -4,22 +4,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from graphs.config import DecoderConfig, LayerKind
-from graphs.errors import CheckpointError
-from graphs.families.family import Family, huggingface_names, read_activation, read_sizes, same_kind
-from graphs.keys import Keys, short
+from graphs.families.family import Family, huggingface_names, one_layer_type, read_activation, read_sizes, same_kind
+from graphs.keys import Keys
 from graphs.rope_config import parse_rope
 
 
 def parse_config(raw: Mapping[str, Any]) -> DecoderConfig:
     """Read config.json strictly; CheckpointError names the first key that is missing, wrong or not supported."""
     keys = Keys(raw)
-    layer_types = keys.get("layer_types", [])
-    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
-        raise CheckpointError(
-            f"config.json: layer_types {short(layer_types)} must all be full_attention for model_type llama"
-        )
     sizes = read_sizes(keys, longest=2048)
     rope = parse_rope(keys, sizes["head_dim"], sizes["max_position_embeddings"])
+    one_layer_type(keys, sizes["num_hidden_layers"], None)
     bias = keys.boolean("attention_bias", False)
     config = DecoderConfig(
         model_type="llama",

@@ -4,7 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from graphs.config import DecoderConfig, LayerKind
-from graphs.families.family import Family, huggingface_names, read_activation, read_sizes, same_kind, windowed
+from graphs.families.family import (
+    Family,
+    huggingface_names,
+    one_layer_type,
+    read_activation,
+    read_sizes,
+    same_kind,
+    windowed,
+)
 from graphs.keys import Keys
 from graphs.rope_config import parse_rope
 
@@ -15,6 +23,7 @@ def parse_config(raw: Mapping[str, Any]) -> DecoderConfig:
     sizes = read_sizes(keys, longest=131_072, kv_heads=8)
     kind = LayerKind(rope=parse_rope(keys, sizes["head_dim"], sizes["max_position_embeddings"]))
     window = keys.optional_integer("sliding_window", 4096)
+    one_layer_type(keys, sizes["num_hidden_layers"], window)
     config = DecoderConfig(
         model_type="mistral",
         **sizes,

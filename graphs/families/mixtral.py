@@ -9,12 +9,13 @@ from graphs.families.family import (
     TensorNames,
     expert_names,
     huggingface_names,
+    one_layer_type,
     read_activation,
+    read_expert_counts,
     read_sizes,
     same_kind,
     windowed,
 )
-from graphs.families.qwen3_moe import read_expert_counts
 from graphs.keys import Keys
 from graphs.rope_config import parse_rope
 
@@ -30,6 +31,7 @@ def parse_config(raw: Mapping[str, Any]) -> DecoderConfig:
         norm_topk_prob=True,
     )
     window = keys.optional_integer("sliding_window", None)
+    one_layer_type(keys, sizes["num_hidden_layers"], window)
     kind = windowed(LayerKind(rope=rope, experts=experts), window)
     config = DecoderConfig(
         model_type="mixtral",

@@ -14,6 +14,7 @@ from graphs.families.family import (
     Family,
     TensorNames,
     huggingface_names,
+    one_layer_type,
     read_activation,
     read_sizes,
     same_kind,
@@ -40,6 +41,7 @@ def parse_config(raw: Mapping[str, Any]) -> DecoderConfig:
             " longrope"
         )
     window = keys.optional_integer("sliding_window", None)
+    one_layer_type(keys, sizes["num_hidden_layers"], window)
     config = DecoderConfig(
         model_type="phi3",
         **sizes,

@@ -4,14 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from graphs.config import DecoderConfig, LayerKind
-from graphs.families.family import (
-    Family,
-    huggingface_names,
-    read_activation,
-    read_layer_types,
-    read_sizes,
-    windowed,
-)
+from graphs.families.family import Family, huggingface_names, read_activation, read_sizes, read_window_layers
 from graphs.keys import Keys
 from graphs.rope_config import parse_rope
 
@@ -31,19 +24,6 @@ def parse_config(raw: Mapping[str, Any]) -> DecoderConfig:
     )
     keys.finish()
     return config
-
-
-def read_window_layers(keys: Keys, layers: int, kind: LayerKind) -> dict[str, Any]:
-    """The layers' types: with use_sliding_window, those from max_window_layers on have a window unless listed."""
-    used = keys.boolean("use_sliding_window", False)
-    window = keys.optional_integer("sliding_window", 4096)
-    first = keys.integer("max_window_layers", 28, minimum=0)
-    window = window if used else None
-    types = read_layer_types(keys, layers, window=window)
-    if types is None:
-        types = tuple("full_attention" if window is None or i < first else "sliding_attention" for i in range(layers))
-    kinds = {"full_attention": kind, "sliding_attention": windowed(kind, window)}
-    return {"layer_types": types, "layer_kinds": {name: kinds[name] for name in sorted(set(types))}}
 
 
 FAMILY = Family(parse_config=parse_config, tensor_names=huggingface_names)

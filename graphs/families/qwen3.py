@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from graphs.config import DecoderConfig, LayerKind
-from graphs.families.family import Family, huggingface_names, read_activation, read_sizes
-from graphs.families.qwen2 import read_window_layers
+from graphs.families.family import Family, huggingface_names, read_activation, read_sizes, read_window_layers
 from graphs.keys import Keys
 from graphs.rope_config import parse_rope
 

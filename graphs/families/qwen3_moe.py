@@ -11,7 +11,9 @@ from graphs.families.family import (
     TensorNames,
     expert_names,
     huggingface_names,
+    one_layer_type,
     read_activation,
+    read_expert_counts,
     read_sizes,
     windowed,
 )
@@ -31,7 +33,9 @@ def parse_config(raw: Mapping[str, Any]) -> DecoderConfig:
         norm_topk_prob=keys.boolean("norm_topk_prob", False),
     )
     window = keys.optional_integer("sliding_window", 4096)
-    dense = windowed(LayerKind(rope=rope), window if keys.boolean("use_sliding_window", False) else None)
+    window = window if keys.boolean("use_sliding_window", False) else None
+    one_layer_type(keys, layers, window)
+    dense = windowed(LayerKind(rope=rope), window)
     kinds = {"dense": dense, "experts": replace(dense, experts=experts)}
     step = keys.integer("decoder_sparse_step", 1)
     dense_layers = keys.get("mlp_only_layers", [])
@@ -53,24 +57,6 @@ def parse_config(raw: Mapping[str, Any]) -> DecoderConfig:
     )
     keys.finish()
     return config
-
-
-def read_expert_counts(keys: Keys, *, num_experts: int, num_experts_per_tok: int) -> dict[str, int]:
-    """How many experts there are, under either of Hugging Face's two names, and how many a token gets.
-
-    Args:
-        num_experts, num_experts_per_tok: this model_type's values where a key is absent.
-    """
-    counts = [keys.integer(key, num_experts) for key in ("num_local_experts", "num_experts") if key in keys.raw]
-    if len(set(counts)) > 1:
-        raise CheckpointError(f"{keys.where}: num_local_experts ({counts[0]}) contradicts num_experts ({counts[1]})")
-    count = counts[0] if counts else num_experts
-    used = keys.integer("num_experts_per_tok", num_experts_per_tok)
-    if used > count:
-        raise CheckpointError(
-            f"{keys.where}: num_experts_per_tok ({used}) must be at most the number of experts ({count})"
-        )
-    return {"num_experts": count, "num_experts_per_tok": used}
 
 
 def tensor_names(config: DecoderConfig) -> TensorNames:

@@ -26,10 +26,10 @@ def parse_config(raw: Mapping[str, Any]) -> DecoderConfig:
     kind = LayerKind(rope=parse_rope(keys, sizes["head_dim"], sizes["max_position_embeddings"], default_theta=2e6))
     has_rope = read_rope_layers(keys, layers)
     window = keys.optional_integer("sliding_window", None)
-    window = window if keys.boolean("use_sliding_window", False) else None
-    types = read_layer_types(keys, layers, window=window)
+    sliding = keys.boolean("use_sliding_window", False) and window is not None
+    types = read_layer_types(keys, layers, window=window)  # where it is given, it decides alone
     if types is None:
-        types = tuple("full_attention" if rope or window is None else "sliding_attention" for rope in has_rope)
+        types = tuple("sliding_attention" if sliding and not rope else "full_attention" for rope in has_rope)
     kinds = {"full_attention": kind, "sliding_attention": windowed(kind, window)}
     kinds |= {f"{name}, no rope": replace(each, rope=None) for name, each in kinds.items()}
     names = tuple(name if rope else f"{name}, no rope" for name, rope in zip(types, has_rope, strict=True))

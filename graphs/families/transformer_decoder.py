@@ -12,8 +12,7 @@ from graphs.attention import ATTENTION
 from graphs.attention.linformer import refuse_decoder
 from graphs.config import DecoderConfig, ExpertsConfig, LayerKind, RopeConfig
 from graphs.errors import CheckpointError
-from graphs.families.family import Family, read_activation, read_sizes
-from graphs.families.qwen3_moe import read_expert_counts
+from graphs.families.family import Family, read_activation, read_expert_counts, read_sizes
 from graphs.families.torchtune import own_names
 from graphs.keys import Keys, short
 from graphs.layers import NORMS

@@ -9,17 +9,20 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from graphs.build import build_decoder
+from graphs.checkpoint import open_checkpoint
 from graphs.config import DecoderConfig, LayerKind, RopeConfig
 from graphs.errors import CheckpointError
 from graphs.families import FAMILIES, find_family, llama
 from graphs.keys import HARMLESS_KEYS, MATHS_KEYS, MAX_LAYERS, read_json
 from graphs.layers import ACTIVATION_ALIASES
+from graphs.loading import check_weights
 from graphs.ops import ACTIVATION_FUNCTIONS
 from graphs.positions import ROPE_TYPES, RotaryPositionalEmbeddings, inverse_frequencies
 from graphs.rope_config import ROPE_READERS
@@ -327,6 +330,7 @@ CHANGED: dict[str, Any] = {
     "shared_expert_intermediate_size": 512,
     "rope_local_base_freq": 10_000.0,
     "use_mrope": True,
+    "rope_type": "linear",
 }
 # The value of each key, where it has one, with which nothing changes.
 NEUTRAL: dict[str, Any] = {
@@ -350,6 +354,7 @@ NEUTRAL: dict[str, Any] = {
     "use_bidirectional_attention": False,
     "mlp_only_layers": [],
     "use_mrope": False,
+    "rope_type": "default",
 }
 
 
@@ -394,7 +399,7 @@ def test_a_long_value_is_cut_in_the_message() -> None:
     ids=str,
 )
 def test_other_kinds_of_layers_are_refused(layer_types: Any) -> None:
-    with pytest.raises(CheckpointError, match=r"config\.json: layer_types .* must all be full_attention"):
+    with pytest.raises(CheckpointError, match=r"config\.json: layer_types must "):
         parse(layer_types=layer_types)
 
 
@@ -560,8 +565,53 @@ def test_rope_that_is_no_object_is_refused(key: str, value: Any) -> None:
 def test_partial_rotary_inside_rope_is_refused(factor: float) -> None:
     rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": factor}
     refused(f"config.json: rope_parameters: partial_rotary_factor = {factor} changes the maths", rope_parameters=rope)
-    whole = parse(rope_parameters={**rope, "partial_rotary_factor": 1.0})
+    whole = parse(rope_parameters={**rope, "partial_rotary_factor": 1.0}, without="rope_theta")
     assert rope_of(whole) == RopeConfig(theta=1e4, dim=16)
+
+
+@pytest.mark.parametrize("where", ["rope_scaling", "rope_parameters"])
+def test_two_thetas_are_refused(where: str) -> None:
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    refused(f"config.json: rope_theta = 500000.0 contradicts {where}: remove one", rope_theta=5e5, **{where: rope})
+    assert rope_of(parse(rope_theta=1e4, **{where: rope})) == RopeConfig(theta=1e4, dim=16)
+
+
+def test_the_original_length_may_stand_outside() -> None:
+    """transformers reads original_max_position_embeddings from either place."""
+    yarn = {"rope_type": "yarn", "factor": 4.0}
+    inside = parse(rope_scaling={**yarn, "original_max_position_embeddings": 16, "finetuned": True})
+    assert parse(rope_scaling=yarn, original_max_position_embeddings=16) == inside
+
+
+def test_sizes_have_limits() -> None:
+    """A damaged number is refused before anything is made of it."""
+    refused("head_dim (65538) must be at most 65536: check config.json", head_dim=65538)
+    mixtral = {"model_type": "mixtral", "num_local_experts": 2**31 - 1}
+    with pytest.raises(CheckpointError, match="num_local_experts must be an integer from 1 to 4096"):
+        FAMILIES["mixtral"].parse_config(COMPLETE | mixtral)
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "mixtral", "phi3", "granite", "qwen3_moe"])
+def test_layer_types_of_layers_that_are_alike(model_type: str) -> None:
+    """They may say what is so anyway; anything else is refused."""
+    family, raw = FAMILIES[model_type], COMPLETE | {"model_type": model_type, "sliding_window": None}
+    if model_type == "granite":
+        del raw["sliding_window"]
+    layers = raw["num_hidden_layers"]
+    assert family.parse_config(raw | {"layer_types": ["full_attention"] * layers}) == family.parse_config(raw)
+    with pytest.raises(CheckpointError, match="layer_types must all be full_attention"):
+        family.parse_config(raw | {"layer_types": ["sliding_attention"] * layers})
+
+
+def test_many_missing_tensors_are_counted(tmp_path: Path) -> None:
+    """The message stays readable however much is missing."""
+    (tmp_path / "config.json").write_text(json.dumps(COMPLETE | {"model_type": "llama", "num_hidden_layers": 300}))
+    save_file({"other": torch.zeros(1)}, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(tmp_path)
+    family = FAMILIES["llama"]
+    with pytest.raises(CheckpointError, match=r"and \d+ more$") as caught:
+        check_weights(family, family.parse_config(checkpoint.config), checkpoint)
+    assert len(str(caught.value).splitlines()) < 50
 
 
 @pytest.mark.parametrize(

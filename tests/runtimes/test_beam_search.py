@@ -83,7 +83,7 @@ def test_wide_enough_it_equals_trying_everything(penalty: float, stop_ids: list[
     """Three tokens, depth three, 27 beams, two ragged prompts: every continuation, in order."""
     model = FakeRunner(3, seed=5)
     prompts = [[0], [2, 1, 0, 0]]
-    result = beam_search(model, prompts, 27, 3, length_penalty=penalty, stop_ids=stop_ids)
+    result = beam_search(model, prompts, 27, 3, length_penalty=penalty, stop_ids=stop_ids, early_stopping="never")
     for prompt, hypotheses in zip(prompts, result.hypotheses, strict=True):
         expected = _everything(model, prompt, 3, penalty, stop_ids)
         assert len(expected) == (27 if not stop_ids else 15 if len(stop_ids) == 1 else 7)
@@ -104,7 +104,9 @@ def test_the_cache_follows_its_beams_and_the_search_ends_no_sooner_than_it_may(
 ) -> None:
     """A narrow search of a ragged batch finds what a search without cache, batch or early end finds."""
     model = FakeRunner(4, seed=seed)
-    result = beam_search(model, prompts, beams, depth, length_penalty=penalty, stop_ids=stop_ids)
+    result = beam_search(
+        model, prompts, beams, depth, length_penalty=penalty, stop_ids=stop_ids, early_stopping="never"
+    )
     for prompt, hypotheses in zip(prompts, result.hypotheses, strict=True):
         _assert_same(hypotheses, _without_cache(model, prompt, beams, depth, penalty, stop_ids))
 
@@ -124,9 +126,9 @@ def test_it_ends_as_soon_as_nothing_can_win() -> None:
     """A stop id of probability 0.99 beats whatever else could follow, if length is not rewarded; else it may not."""
     model = FakeRunner(3)
     model.changed_logits[(0,)] = [0.0, 0.0, 5.5]
-    assert beam_search(model, [[0]], 1, 10, length_penalty=0.0, stop_ids=[2]).decode_steps == 0
-    assert beam_search(model, [[0]], 1, 10, length_penalty=-1.0, stop_ids=[2]).decode_steps == 0
-    assert beam_search(model, [[0]], 1, 10, length_penalty=5.0, stop_ids=[2]).decode_steps > 0
+    assert beam_search(model, [[0]], 1, 10, length_penalty=0.0, stop_ids=[2], early_stopping="never").decode_steps == 0
+    assert beam_search(model, [[0]], 1, 10, length_penalty=-1.0, stop_ids=[2], early_stopping="never").decode_steps == 0
+    assert beam_search(model, [[0]], 1, 10, length_penalty=5.0, stop_ids=[2], early_stopping="never").decode_steps > 0
 
 
 def test_short_ones_are_waited_for_where_they_are_favoured() -> None:
@@ -135,7 +137,9 @@ def test_short_ones_are_waited_for_where_they_are_favoured() -> None:
     for length in (1, 2):
         model.changed_logits[(0,) * length] = [0.0, -3.0]
     model.changed_logits[(0, 0, 0)] = [0.0, 5.0]
-    (hypotheses,) = beam_search(model, [[0]], 2, 100, length_penalty=-1.0, stop_ids=[1]).hypotheses
+    (hypotheses,) = beam_search(
+        model, [[0]], 2, 100, length_penalty=-1.0, stop_ids=[1], early_stopping="never"
+    ).hypotheses
     assert hypotheses[0].token_ids == [0, 0, 1]
 
 
@@ -143,7 +147,9 @@ def test_beams_go_on_however_many_candidates_end() -> None:
     """Ten of twelve tokens are stop ids: the best candidates all end, and the search looks further down."""
     model = FakeRunner(12, seed=4)
     stop_ids = list(range(10))
-    (hypotheses,) = beam_search(model, [[11]], 2, 4, length_penalty=5.0, stop_ids=stop_ids).hypotheses
+    (hypotheses,) = beam_search(
+        model, [[11]], 2, 4, length_penalty=5.0, stop_ids=stop_ids, early_stopping="never"
+    ).hypotheses
     _assert_same(hypotheses, _without_cache(model, [11], 2, 4, 5.0, stop_ids))
     assert len(hypotheses[0].token_ids) == 4
 
@@ -151,7 +157,7 @@ def test_beams_go_on_however_many_candidates_end() -> None:
 def test_fewer_continuations_than_beams() -> None:
     """Two tokens, one of them the stop id: places without a beam stay empty, and nothing comes twice."""
     model = FakeRunner(2)
-    (hypotheses,) = beam_search(model, [[0, 0]], 8, 2, stop_ids=[1]).hypotheses
+    (hypotheses,) = beam_search(model, [[0, 0]], 8, 2, stop_ids=[1], early_stopping="never").hypotheses
     assert sorted(each.token_ids for each in hypotheses) == [[0, 0], [0, 1], [1]]
     assert all(math.isfinite(each.score) for each in hypotheses)
     reasons = {tuple(each.token_ids): each.finish_reason for each in hypotheses}
@@ -196,15 +202,20 @@ def test_stop_strings_end_a_hypothesis() -> None:
 # --- the real runner --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("early_stopping", [False, True, "never"])
 @pytest.mark.parametrize(("penalty", "stop_ids"), [(1.0, [STOP]), (0.0, [STOP]), (1.0, []), (-1.0, [STOP])])
-def test_equals_transformers(runner: Runner, tiny_llama: Path, penalty: float, stop_ids: list[int]) -> None:
+def test_equals_transformers(
+    runner: Runner, tiny_llama: Path, penalty: float, stop_ids: list[int], early_stopping: bool | str
+) -> None:
     """Its own beam search on the same checkpoint, prompt by prompt: sequences and scores."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     model = transformers.LlamaForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32).eval()
     tokenizer = Tokenizer(tiny_llama)
     prompts = [tokenizer.encode(text) for text in ("27+58=", "the planet")]
-    result = beam_search(runner, prompts, 4, 8, length_penalty=penalty, stop_ids=stop_ids)
+    result = beam_search(
+        runner, prompts, 4, 8, length_penalty=penalty, stop_ids=stop_ids, early_stopping=early_stopping
+    )
     for prompt, hypotheses in zip(prompts, result.hypotheses, strict=True):
         theirs = model.generate(
             torch.tensor([prompt]),
@@ -213,7 +224,7 @@ def test_equals_transformers(runner: Runner, tiny_llama: Path, penalty: float, s
             num_beams=4,
             num_return_sequences=4,
             length_penalty=penalty,
-            early_stopping="never",
+            early_stopping=early_stopping,
             do_sample=False,
             eos_token_id=stop_ids or None,
             pad_token_id=0,
@@ -280,3 +291,16 @@ def test_the_cache_can_be_filled_to_the_last_slot() -> None:
     model = FakeRunner(3, max_len=6)
     (hypotheses,) = beam_search(model, [[0, 1, 2]], 2).hypotheses
     assert [len(each.token_ids) for each in hypotheses] == [4, 4]
+
+
+def test_the_search_ends_soon_after_the_answer(runner: Runner, tiny_llama: Path) -> None:
+    """As many steps as transformers takes by default, though the cache has room for a hundred more."""
+    tokenizer = Tokenizer(tiny_llama)
+    result = beam_search(runner, [tokenizer.encode("27+58=")], 4, stop_ids=[STOP])
+    assert tokenizer.decode(result.hypotheses[0][0].token_ids) == "85"
+    assert result.decode_steps <= 6
+
+
+def test_an_unknown_rule_to_stop_is_refused() -> None:
+    with pytest.raises(FeedError, match="early_stopping must be True, False or \"never\", got 'soon'"):
+        beam_search(FakeRunner(4), [[0]], 2, 2, early_stopping="soon")

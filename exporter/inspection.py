@@ -69,8 +69,9 @@ def _config_facts(config: DecoderConfig) -> dict[str, Any]:
     }
     if config.position_limit is not None:
         facts["max_len_limit"] = config.position_limit
+    decoder = build_on_meta(config, torch.float32)
     for precision in PRECISIONS.values():
-        cache = cache_spec(build_on_meta(config, getattr(torch, precision.dtype)), 1, precision)
+        cache = cache_spec(decoder, 1, precision)
         facts[f"cache_bytes_per_token_{precision.name}"] = cache.bytes_per_token
         if cache.bytes_per_row:
             facts[f"state_bytes_per_row_{precision.name}"] = cache.bytes_per_row

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from graphs import ops
 from graphs.config import DecoderConfig, RopeConfig
+from graphs.fixed_buffers import FixedBuffers
 
 
 def inverse_frequencies(rope: RopeConfig) -> Tensor:
@@ -87,7 +88,7 @@ def length_buffers(rope: RopeConfig) -> dict[str, Tensor]:
     return {}
 
 
-class RotaryPositionalEmbeddings(nn.Module):
+class RotaryPositionalEmbeddings(FixedBuffers):
     """Rotary embeddings with torchtune's interface; pairs are interleaved unless `interleaved=False` (Hugging Face).
 
     Args:
@@ -118,19 +119,11 @@ class RotaryPositionalEmbeddings(nn.Module):
         self.rope = rope
         self.dim = rope.dim
         self.max_seq_len = max_seq_len
-        for name, table in self.real_buffers().items():
-            self.register_buffer(name, table.to(torch.get_default_device()), persistent=False)
+        self._register()
 
     def real_buffers(self) -> dict[str, Tensor]:
         """The buffers' values, on the CPU."""
         return {"inv_freq": inverse_frequencies(self.rope), **length_buffers(self.rope)}
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "RotaryPositionalEmbeddings":
-        """Move with the module, but stay float32 whatever it is cast to: a rounded frequency is off by whole turns."""
-        super()._apply(fn, recurse)
-        for name, table in self.real_buffers().items():
-            setattr(self, name, table.to(self.inv_freq.device))
-        return self
 
     def tables(self, position_ids: Tensor, dtype: torch.dtype, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(cos, sin), each [B, S, dim / 2] in `dtype`; angles are float32, as in Hugging Face.
@@ -174,7 +167,7 @@ class RotaryPositionalEmbeddings(nn.Module):
         return self.rotate(x.transpose(1, 2), self.tables(position_ids, x.dtype, lengths)).transpose(1, 2)
 
 
-class SinusoidalPositionalEmbeddings(nn.Module):
+class SinusoidalPositionalEmbeddings(FixedBuffers):
     """PE(p, 2i) = sin(p / 10000^(2i/d)), PE(p, 2i + 1) = cos(the same); arXiv:1706.03762 section 3.5."""
 
     inv_freq: Tensor
@@ -184,19 +177,11 @@ class SinusoidalPositionalEmbeddings(nn.Module):
         if dim % 2:
             raise ValueError(f"dim ({dim}) must be even: sinusoidal embeddings are pairs of sine and cosine")
         self.dim = dim
-        self.register_buffer(
-            "inv_freq", self.real_buffers()["inv_freq"].to(torch.get_default_device()), persistent=False
-        )
+        self._register()
 
     def real_buffers(self) -> dict[str, Tensor]:
         """The buffers' values, on the CPU."""
         return {"inv_freq": inverse_frequencies(RopeConfig(theta=10_000.0, dim=self.dim))}
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SinusoidalPositionalEmbeddings":
-        """Stay float32, as rotary embeddings do."""
-        super()._apply(fn, recurse)
-        self.inv_freq = self.real_buffers()["inv_freq"].to(self.inv_freq.device)
-        return self
 
     def forward(self, position_ids: Tensor) -> Tensor:
         """[B, S] -> float32 [B, S, dim]."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graphs.attention.causal import CausalSelfAttention
+from graphs.fixed_buffers import FixedBuffers
 from graphs.kv_cache import KVCache
 from graphs.state import LayerState, StateTensor, StepContext
 
@@ -235,7 +236,7 @@ def real_buffers(root: nn.Module) -> dict[str, Tensor]:
     return {
         f"{name}.{leaf}".removeprefix("."): table
         for name, module in root.named_modules(remove_duplicate=False)
-        if not isinstance(module, TransformerDecoder) and hasattr(module, "real_buffers")
+        if isinstance(module, FixedBuffers)
         for leaf, table in module.real_buffers().items()
     }
 

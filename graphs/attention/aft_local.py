@@ -16,6 +16,8 @@ from graphs.attention.attention_free import (
     finite_or_zero,
     first_slot,
     refuse_mask,
+    rescale,
+    sums_state,
 )
 from graphs.config import DecoderConfig, LayerKind
 from graphs.state import LayerState, StateTensor, StepContext
@@ -37,14 +39,8 @@ class AFTLocalAttention(AttentionFree):
 
     def state(self, max_len: int) -> tuple[StateTensor, ...]:
         """The last window - 1 keys and values, and three numbers for each channel, whatever max_len is."""
-        window, sums = (self.window - 1, self.embed_dim), (self.embed_dim,)
-        return (
-            StateTensor("key", window, None),
-            StateTensor("value", window, None),
-            StateTensor("numerator", sums, None, float32=True),
-            StateTensor("denominator", sums, None, float32=True),
-            StateTensor("peak", sums, None, float32=True),
-        )
+        window = (self.window - 1, self.embed_dim)
+        return (StateTensor("key", window, None), StateTensor("value", window, None), *sums_state(self.embed_dim))
 
     def forward(
         self,
@@ -87,20 +83,17 @@ class AFTLocalAttention(AttentionFree):
         self, x: Tensor, slots_BS: Tensor, valid_BS: Tensor, before_BW: Tensor, past: LayerState
     ) -> tuple[Tensor, LayerState]:
         """([B, S, E], present). The window's tokens and the new ones stand in one row, L = W - 1 + S."""
-        old_key, old_value, numerator, denominator, peak = past
+        old_key, old_value, *sums = past
         window, length = self.window, x.shape[1]
-        wide = peak.dtype
+        wide = sums[0].dtype
         key = torch.cat((old_key, self.k_proj(x)), dim=1)
         value = torch.cat((old_value, self.v_proj(x)), dim=1)
         valid_BL = torch.cat((before_BW, valid_BS), dim=1)
         k_BLE = key.to(wide).masked_fill(~valid_BL.unsqueeze(-1), float("-inf"))
         v_BLE = value.to(wide).masked_fill(~valid_BL.unsqueeze(-1), 0.0)
 
-        nothing = denominator == 0
-        new_peak = finite_or_zero(torch.maximum(peak.masked_fill(nothing, float("-inf")), k_BLE.amax(dim=1)))
-        carried = torch.exp(peak - new_peak).masked_fill(nothing, 0.0)
-        numerator, denominator = numerator * carried, denominator * carried
-        exp_k = torch.exp(k_BLE - new_peak.unsqueeze(1))
+        numerator, denominator, peak, nothing = rescale(tuple(sums), k_BLE)
+        exp_k = torch.exp(k_BLE - peak.unsqueeze(1))
 
         # query i stands at place W - 1 + i; d places back it sees the token at place W - 1 + i - d
         back_SL = torch.arange(length, device=x.device)[:, None] + (window - 1)
@@ -125,7 +118,7 @@ class AFTLocalAttention(AttentionFree):
             value.gather(1, stay),
             numerator + (leave * exp_k * v_BLE).sum(dim=1),
             denominator + (leave * exp_k).sum(dim=1),
-            new_peak,
+            peak,
         )
         return divide(numerators, denominators), present
 

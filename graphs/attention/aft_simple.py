@@ -7,8 +7,9 @@ from graphs.attention.attention_free import (
     AttentionFree,
     aft_projections,
     divide,
-    finite_or_zero,
     refuse_mask,
+    rescale,
+    sums_state,
 )
 from graphs.config import DecoderConfig, LayerKind
 from graphs.state import LayerState, StateTensor, StepContext
@@ -22,8 +23,7 @@ class AFTSimpleAttention(AttentionFree):
 
     def state(self, max_len: int) -> tuple[StateTensor, ...]:
         """Three numbers for each channel, whatever max_len is."""
-        shape = (self.embed_dim,)
-        return tuple(StateTensor(name, shape, None, float32=True) for name in ("numerator", "denominator", "peak"))
+        return sums_state(self.embed_dim)
 
     def forward(
         self,
@@ -44,16 +44,14 @@ class AFTSimpleAttention(AttentionFree):
         return self._gate(x, mixed)
 
     def _mix(self, x: Tensor, valid_BS: Tensor, past: LayerState) -> tuple[Tensor, LayerState]:
-        numerator, denominator, peak = past
-        v_BSE = self.v_proj(x).to(peak.dtype)
-        k_BSE = self.k_proj(x).to(peak.dtype).masked_fill(~valid_BS.unsqueeze(-1), float("-inf"))
-        nothing = denominator == 0
-        new_peak = finite_or_zero(torch.maximum(peak.masked_fill(nothing, float("-inf")), k_BSE.amax(dim=1)))
-        carried = torch.exp(peak - new_peak).masked_fill(nothing, 0.0)
-        weights = torch.exp(k_BSE - new_peak.unsqueeze(1))
-        numerators = (numerator * carried).unsqueeze(1) + (weights * v_BSE).cumsum(dim=1)
-        denominators = (denominator * carried).unsqueeze(1) + weights.cumsum(dim=1)
-        return divide(numerators, denominators), (numerators[:, -1], denominators[:, -1], new_peak)
+        wide = past[0].dtype
+        v_BSE = self.v_proj(x).to(wide)
+        k_BSE = self.k_proj(x).to(wide).masked_fill(~valid_BS.unsqueeze(-1), float("-inf"))
+        numerator, denominator, peak, _ = rescale(past, k_BSE)
+        weights = torch.exp(k_BSE - peak.unsqueeze(1))
+        numerators = numerator.unsqueeze(1) + (weights * v_BSE).cumsum(dim=1)
+        denominators = denominator.unsqueeze(1) + weights.cumsum(dim=1)
+        return divide(numerators, denominators), (numerators[:, -1], denominators[:, -1], peak)
 
 
 def build(config: DecoderConfig, kind: LayerKind, pos_embeddings: nn.Module | None) -> nn.Module:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from graphs import ops
 from graphs.attention.causal import CausalSelfAttention, softmax_arguments
 from graphs.config import DecoderConfig, LayerKind
+from graphs.fixed_buffers import FixedBuffers
 
 
 def alibi_slopes(num_heads: int) -> Tensor:
@@ -27,7 +28,7 @@ def alibi_slopes(num_heads: int) -> Tensor:
     return torch.tensor(slopes, dtype=torch.float32, device="cpu")
 
 
-class ALiBiAttention(CausalSelfAttention):
+class ALiBiAttention(CausalSelfAttention, FixedBuffers):
     """CausalSelfAttention whose scores lose slope * (slots between query and key)."""
 
     slopes: Tensor
@@ -38,17 +39,11 @@ class ALiBiAttention(CausalSelfAttention):
             raise ValueError("ALiBi takes the place of other positions: pos_embeddings must be None")
         if self.attn_dropout:
             raise ValueError(f"attn_dropout ({self.attn_dropout}) must be 0: it is not implemented for ALiBi")
-        self.register_buffer("slopes", alibi_slopes(self.num_heads).to(torch.get_default_device()), persistent=False)
+        self._register()
 
     def real_buffers(self) -> dict[str, Tensor]:
         """The buffers' values, on the CPU."""
         return {"slopes": alibi_slopes(self.num_heads)}
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ALiBiAttention":
-        """Move with the module, but stay float32 whatever it is cast to."""
-        super()._apply(fn, recurse)
-        self.slopes = alibi_slopes(self.num_heads).to(self.slopes.device)
-        return self
 
     def _attend(
         self, q_BHSD: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, mask: Tensor, distances_BST: Callable[[], Tensor]

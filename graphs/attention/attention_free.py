@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from graphs.config import DecoderConfig
+from graphs.state import LayerState, StateTensor
 
 
 class AttentionFree(nn.Module):
@@ -44,6 +45,23 @@ def first_slot(input_pos: Tensor | None) -> Tensor | int:
     if input_pos is None:
         return 0
     return input_pos[..., :1].reshape(-1, 1)
+
+
+def rescale(sums: LayerState, k_BLE: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(numerator, denominator, peak, bool: nothing was in them) of sums that these keys are about to join.
+
+    Sums are kept times exp(-peak), where peak is the largest key so far; keys of -inf are padding.
+    """
+    numerator, denominator, peak = sums
+    nothing = denominator == 0
+    new_peak = finite_or_zero(torch.maximum(peak.masked_fill(nothing, float("-inf")), k_BLE.amax(dim=1)))
+    carried = torch.exp(peak - new_peak).masked_fill(nothing, 0.0)
+    return numerator * carried, denominator * carried, new_peak, nothing
+
+
+def sums_state(embed_dim: int) -> tuple[StateTensor, ...]:
+    """The sums that `rescale` takes: three numbers for each channel."""
+    return tuple(StateTensor(name, (embed_dim,), None, float32=True) for name in ("numerator", "denominator", "peak"))
 
 
 def refuse_mask(mask: Tensor | None) -> None:

@@ -1,4 +1,4 @@
-# make demo   the main job, start to end, on the checkpoint in examples/
+# make demo   the main job, start to end, on the checkpoints in examples/
 # make test   every test that this machine can run
 # make lint   formatting, style and types
 PYTHON ?= python3
@@ -14,6 +14,8 @@ demo: .venv/demo.stamp
 	$(BIN)/export-llm verify $(OUT) --reference examples/tiny_llama
 	$(BIN)/export-llm generate $(OUT) --prompt "27+58="
 	$(BIN)/export-llm generate $(OUT) --prompt "reverse planet="
+	$(BIN)/export-llm export examples/tiny_vision -o $(OUT)-vision --force
+	$(BIN)/export-llm generate $(OUT)-vision --image examples/tiny_vision/picture.png --prompt "<|image|>where is the triangle?"
 
 test: .venv/test.stamp
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
@@ -35,4 +37,4 @@ lint: .venv/test.stamp
 	touch $@
 
 clean:
-	rm -rf .venv $(OUT) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv $(OUT) $(OUT)-vision build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,4 +1,7 @@
-"""Capture: a decoder on the meta device becomes a torch.export program. No weight is read."""
+"""Capture: a module on the meta device becomes a torch.export program. No weight is read."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -6,13 +9,24 @@ from torch.export import Dim, ExportedProgram
 
 from exporter.layouts.layout import Layout
 from exporter.quiet import quiet_torch
-from graphs.build import build_decoder
+from graphs.build import build_decoder, build_vision_encoder
 from graphs.config import DecoderConfig
 from graphs.transformer import TransformerDecoder
-from runtimes.signature import CacheSpec, GraphSignature, TensorSpec
+from graphs.vision import VisionEncoder
+from runtimes.signature import CacheSpec, GraphSignature, TensorSpec, VisionSpec
+
+T = TypeVar("T")
 
 # torch.export specialises a dimension whose example size is 0 or 1, or equals another one's.
-EXAMPLE_SIZES = {"batch_size": 3, "sequence_length": 5, "total_sequence_length": 7, "n": 2}
+EXAMPLE_SIZES = {
+    "batch_size": 3,
+    "sequence_length": 5,
+    "total_sequence_length": 7,
+    "n": 2,
+    "num_images": 11,
+    "num_tiles": 13,
+    "vision_tokens": 17,
+}
 
 
 def build_on_meta(config: DecoderConfig, dtype: torch.dtype) -> TransformerDecoder:
@@ -22,22 +36,49 @@ def build_on_meta(config: DecoderConfig, dtype: torch.dtype) -> TransformerDecod
     return decoder.to(dtype).requires_grad_(False).eval()
 
 
+def build_encoder_on_meta(config: DecoderConfig, dtype: torch.dtype) -> VisionEncoder:
+    """The same of the vision encoder."""
+    with torch.device("meta"):
+        encoder = build_vision_encoder(config)
+    return encoder.to(dtype).requires_grad_(False).eval()
+
+
 def capture(
-    decoder: TransformerDecoder, layout: Layout, signature: GraphSignature, cache: CacheSpec
+    decoder: TransformerDecoder,
+    layout: Layout,
+    signature: GraphSignature,
+    cache: CacheSpec,
+    vision: VisionSpec | None = None,
 ) -> ExportedProgram:
     """Trace layout.wrap(decoder) with the signature's dynamic dimensions."""
+
+    # The wrapped module takes the state as one list, with a tuple for each layer, and keys and values of images as
+    # another; keyword containers break dynamic_shapes.
+    def nest(items: list[T]) -> tuple[Any, ...]:
+        images = 0 if vision is None else len(vision.names())
+        plain, state = len(items) - images - len(cache.tensors), len(items) - images
+        nested: tuple[Any, ...] = (*items[:plain], cache.by_layer(items[plain:state]))
+        return nested if vision is None else (*nested, vision.by_layer(items[state:]))
+
+    return _capture(layout.wrap(decoder), signature, nest)
+
+
+def capture_encoder(encoder: VisionEncoder, layout: Layout, signature: GraphSignature) -> ExportedProgram:
+    """Trace layout.wrap_encoder(encoder) with the signature's dynamic dimensions."""
+    return _capture(layout.wrap_encoder(encoder), signature, tuple)
+
+
+def _capture(
+    module: nn.Module, signature: GraphSignature, nest: Callable[[list[Any]], tuple[Any, ...]]
+) -> ExportedProgram:
+    """Trace a module that takes nest(the signature's inputs)."""
     dims = {name: Dim(name, min=1) for name in signature.dims}
-    examples, shapes = [], []
-    for spec in signature.inputs:
-        examples.append(_example(spec))
-        shapes.append({axis: dims[dim] for axis, dim in enumerate(spec.shape) if isinstance(dim, str)})
-    # the wrapped module takes the state as one list, a tuple for each layer; keyword containers break dynamic_shapes
-    plain = len(signature.inputs) - len(cache.tensors)
-    args = (*examples[:plain], cache.by_layer(examples[plain:]))
-    dynamic_shapes = (*shapes[:plain], cache.by_layer(shapes[plain:]))
-    wrapped: nn.Module = layout.wrap(decoder)
+    examples = [_example(spec) for spec in signature.inputs]
+    shapes = [
+        {axis: dims[dim] for axis, dim in enumerate(spec.shape) if isinstance(dim, str)} for spec in signature.inputs
+    ]
     with quiet_torch(), torch.no_grad():
-        return torch.export.export(wrapped, args, dynamic_shapes=dynamic_shapes, strict=False)
+        return torch.export.export(module, nest(examples), dynamic_shapes=nest(shapes), strict=False)
 
 
 def _example(spec: TensorSpec) -> Tensor:

@@ -63,6 +63,7 @@ def cli() -> None:
     help="Tokens the cache holds, prompt included.  [default: max_position_embeddings, at most 4096]",
 )
 @click.option("--max-batch", type=int, default=8, show_default=True, help="Most rows of a batch.")
+@click.option("--max-images", type=int, help="Most images of a prompt, for models that see.  [default: 4]")
 @click.option(
     "--weights",
     default="copy",
@@ -117,7 +118,9 @@ def verify(
         opened = open_artifact(artifact)
         if runtime == "onnxruntime":
             graph = opened.manifest.graphs["decoder"]
-            targets = onnx_targets(opened.path(graph.file), graph.signature, opened.manifest.cache, device)
+            targets = onnx_targets(
+                opened.path(graph.file), graph.signature, opened.manifest.cache, device, opened.vision_part()
+            )
         else:
             targets = {runtime: lambda: _open_runner(opened, runtime, device)}
         summary = verify_artifact(opened, targets, reference, progress)
@@ -131,7 +134,10 @@ def verify(
 
 @cli.command()
 @click.argument("artifact", type=FOLDER)
-@click.option("--prompt", required=True, help="Text to continue.")
+@click.option("--prompt", required=True, help="Text to continue; <|image|> in it stands for an image.")
+@click.option(
+    "--image", "images", type=FOLDER, multiple=True, help="Picture for the prompt's next <|image|>; may be repeated."
+)
 @click.option("--max-new-tokens", type=int, help="[default: until a stop id, or the cache is full]")
 @click.option("--temperature", type=float, help="Above 0, tokens are drawn by chance.  [default: 0, greedy]")
 @click.option("--top-k", type=int, metavar="K", help="Draw from the K likeliest tokens only.")
@@ -151,6 +157,7 @@ def verify(
 def generate(
     artifact: Path,
     prompt: str,
+    images: tuple[Path, ...],
     max_new_tokens: int | None,
     num_beams: int,
     length_penalty: float | None,
@@ -165,6 +172,7 @@ def generate(
     from runtimes.artifact import open_artifact
     from runtimes.generation import generate as run_generate
     from runtimes.generation import read_stop_ids
+    from runtimes.images import show_images
     from runtimes.sampling import Sampling
     from runtimes.stopping import check_stop_strings
     from runtimes.tokenizer import Tokenizer
@@ -178,11 +186,13 @@ def generate(
         tokenizer = Tokenizer(opened.folder)
         check_stop_strings(stop_strings, tokenizer.decode)
         prompt_ids = tokenizer.encode(prompt)
+        shown = show_images(opened, [prompt_ids], [images])
         progress.start("load")
         start = time.perf_counter()
         opened_runner = _open_runner(opened, runtime, device)
         load_s = time.perf_counter() - start
     common: dict[str, Any] = {
+        "images": shown,
         "stop_ids": read_stop_ids(opened.folder),
         "stop_strings": stop_strings,
         "decode": tokenizer.decode,
@@ -368,6 +378,7 @@ def _summary(manifest: "Manifest", parity: Any) -> dict[str, Any]:
         "max_len": manifest.cache.max_len,
         "max_batch": manifest.max_batch,
         "cache_bytes_per_token": manifest.cache.bytes_per_token,
+        **_vision_summary(manifest),
         "files": {name: entry.bytes for name, entry in manifest.files.items()},
         "engines": {
             name: {"file": engine.file, "library_version": engine.library_version, "gpu_archs": engine.gpu_archs}
@@ -377,6 +388,11 @@ def _summary(manifest: "Manifest", parity: Any) -> dict[str, Any]:
         "parity": parity,
         "tools": dict(manifest.tools),
     }
+
+
+def _vision_summary(manifest: "Manifest") -> dict[str, Any]:
+    vision = manifest.vision
+    return {} if vision is None else {"max_images": vision.max_images, "bytes_per_image": vision.bytes_per_image}
 
 
 def _table(*columns: str, title: str | None = None) -> Any:
@@ -411,6 +427,9 @@ def _print_manifest(manifest: "Manifest", title: str) -> None:
         "layout": f"{manifest.layout}, {manifest.precision}",
         "cache": f"{cache.max_len} tokens, {manifest.max_batch} rows at most, {cache.bytes_per_token:,} bytes a token",
     }
+    if manifest.vision is not None:
+        each = f"{manifest.vision.bytes_per_image:,} bytes each"
+        facts["images"] = f"{manifest.vision.max_images} images a prompt at most, {each}"
     facts |= {name: f"{entry.bytes:,} bytes" for name, entry in manifest.files.items()}
     for name, engine in manifest.engines.items():
         archs = ", ".join(engine.gpu_archs) or "the library's default architectures"
@@ -437,11 +456,11 @@ def _print_known(as_json: bool) -> None:
 def _print_signature(manifest: "Manifest") -> None:
     from rich.markup import escape
 
-    signature = manifest.graphs["decoder"].signature
-    table = _table("tensor", "dtype", "shape")
-    for spec in (*signature.inputs, *signature.outputs):
-        table.add_row(spec.name, spec.dtype, escape("[" + ", ".join(str(dim) for dim in spec.shape) + "]"))
-    _print_table(table)
+    for name, graph in manifest.graphs.items():
+        table = _table("tensor", "dtype", "shape", title=name if len(manifest.graphs) > 1 else None)
+        for spec in (*graph.signature.inputs, *graph.signature.outputs):
+            table.add_row(spec.name, spec.dtype, escape("[" + ", ".join(str(dim) for dim in spec.shape) + "]"))
+        _print_table(table)
 
 
 def _print_parity(summary: "ParitySummary") -> None:

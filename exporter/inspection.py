@@ -9,11 +9,11 @@ import torch
 
 from exporter.capture import build_on_meta
 from exporter.layouts import LAYOUTS
-from exporter.precision import PRECISIONS, cache_spec
+from exporter.precision import PRECISIONS, cache_spec, vision_spec
 from exporter.targets import TARGETS
 from graphs.attention import ATTENTION
 from graphs.checkpoint import open_checkpoint
-from graphs.config import DecoderConfig, LayerKind
+from graphs.config import DecoderConfig, LayerKind, VisionConfig
 from graphs.errors import CheckpointError
 from graphs.families import FAMILIES, find_family
 from graphs.families.family import Family
@@ -47,7 +47,7 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
     except CheckpointError as error:
         refused.append(str(error))
     else:
-        names = {ref.name for ref in family.tensor_names(config).values()}
+        names = {ref.name for ref in family.all_refs(config)}
         facts["parameters"] = checkpoint.parameter_count(names)
     return facts | _config_facts(config) | {"refused": refused}
 
@@ -69,13 +69,27 @@ def _config_facts(config: DecoderConfig) -> dict[str, Any]:
     }
     if config.position_limit is not None:
         facts["max_len_limit"] = config.position_limit
+    if config.vision is not None:
+        facts |= _vision_facts(config.vision)
     decoder = build_on_meta(config, torch.float32)
     for precision in PRECISIONS.values():
         cache = cache_spec(decoder, 1, precision)
         facts[f"cache_bytes_per_token_{precision.name}"] = cache.bytes_per_token
+        if (vision := vision_spec(config, precision, 1)) is not None:
+            facts[f"bytes_per_image_{precision.name}"] = vision.bytes_per_image
         if cache.bytes_per_row:
             facts[f"state_bytes_per_row_{precision.name}"] = cache.bytes_per_row
     return facts
+
+
+def _vision_facts(vision: VisionConfig) -> dict[str, Any]:
+    return {
+        "vision_layers": f"{vision.num_hidden_layers} local, {vision.num_global_layers} global",
+        "vision_hidden_size": vision.hidden_size,
+        "vision_heads": f"{vision.attention_heads}, {vision.hidden_size // vision.attention_heads} wide",
+        "image": f"up to {vision.max_num_tiles} tiles of {vision.image_size} x {vision.image_size} pixels",
+        "vision_tokens_per_tile": vision.num_patches,
+    }
 
 
 def _layer_kinds(config: DecoderConfig) -> str:
@@ -100,6 +114,8 @@ def _ropes(config: DecoderConfig) -> str:
     names = []
     for kind in config.layer_kinds.values():
         rope = kind.rope
+        if kind.attention == "cross":  # images have no positions
+            continue
         if rope is None:
             names.append("none")
         else:

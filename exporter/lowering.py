@@ -28,12 +28,15 @@ def lower(
     signature: GraphSignature,
     tensor_names: Mapping[str, TensorRef],
     buffers: Mapping[str, Tensor],
+    *,
+    name: str,
 ) -> ir.Model:
     """Build the ONNX graph.
 
     Args:
         tensor_names: {parameter name: where it is in the checkpoint}.
-        buffers: values of the decoder's buffers, which are stored in the graph itself (rotary frequencies).
+        buffers: values of the module's buffers, which are stored in the graph itself (rotary frequencies).
+        name: of the graph.
     """
     with quiet_torch():
         onnx_program = torch.onnx.export(
@@ -53,7 +56,7 @@ def lower(
     model.ir_version = layout.ir_version
     model.producer_name = "export-llm"
     model.producer_version = None
-    model.graph.name = "decoder"
+    model.graph.name = name
     return model
 
 

@@ -29,6 +29,7 @@ def _biases(kind: LayerKind, config: DecoderConfig, mask_shape: torch.Size) -> d
 # LayerKind.attention, where scores are those of the attention operator: its further arguments
 SCORED: dict[str, Callable[[LayerKind, DecoderConfig, torch.Size], dict[str, Any]]] = {
     "causal": lambda kind, config, mask_shape: {},
+    "cross": lambda kind, config, mask_shape: {},
     "sliding_window": lambda kind, config, mask_shape: {},
     "alibi": _biases,
     "sparse_top_k": lambda kind, config, mask_shape: {"top_k": kind.top_k},

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import importlib.metadata
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +12,13 @@ import onnx
 import onnx_ir as ir
 import torch
 
-from exporter.capture import build_on_meta, capture
+from exporter.capture import build_encoder_on_meta, build_on_meta, capture, capture_encoder
 from exporter.config_json import config_as_json
 from exporter.errors import ExportError
 from exporter.layouts import LAYOUTS
 from exporter.layouts.layout import Layout
 from exporter.lowering import lower
-from exporter.precision import cache_spec, find_precision
+from exporter.precision import cache_spec, find_precision, vision_spec
 from exporter.progress import Progress, Quiet
 from exporter.staging import Staging, check_destination, stage
 from exporter.targets import TARGETS
@@ -30,17 +30,31 @@ from graphs.families import find_family
 from graphs.families.family import TensorNames
 from graphs.loading import check_weights
 from graphs.transformer import TransformerDecoder
-from runtimes.artifact import GRAPH_FILE, MANIFEST, PARITY_FILE, EngineEntry, GraphEntry, Manifest, file_entry
+from graphs.vision import VisionEncoder
+from runtimes.artifact import (
+    GRAPH_FILES,
+    MANIFEST,
+    PARITY_FILE,
+    EngineEntry,
+    GraphEntry,
+    Manifest,
+    engine_key,
+    file_entry,
+)
+from runtimes.errors import ArtifactError
+from runtimes.images import ImageProcessor
 from runtimes.onnxruntime_runner import import_onnxruntime
 from runtimes.parity import ParityReport, ParitySummary
 from runtimes.runner import Runner
-from runtimes.signature import CacheSpec, GraphSignature
+from runtimes.signature import CacheSpec, GraphSignature, VisionPart, VisionSpec
 from runtimes.tensorrt_runner import TENSORRT_RUNNERS
 
 DEFAULT_MAX_LEN = 4096  # capacity when none is asked for: a long context's cache would not fit most machines
 DEFAULT_MAX_BATCH = 8
+DEFAULT_MAX_IMAGES = 4
 MAX_LEN_LIMIT = 2**31 - 1
 MAX_BATCH_LIMIT = 65536
+MAX_IMAGES_LIMIT = 4096
 WEIGHT_MODES = ("copy", "reference")
 # Files of a checkpoint that clients of the artifact need, and that are taken over as they are.
 COPIED_FILES = (
@@ -52,6 +66,8 @@ COPIED_FILES = (
     "added_tokens.json",
     "chat_template.json",
     "chat_template.jinja",
+    "preprocessor_config.json",
+    "processor_config.json",
 )
 
 
@@ -66,6 +82,7 @@ class ExportRequest:
     precision: str | None = None  # None: as the checkpoint is stored
     max_len: int | None = None  # None: max_position_embeddings, at most DEFAULT_MAX_LEN
     max_batch: int = DEFAULT_MAX_BATCH
+    max_images: int | None = None  # of a prompt, for models that see; None: DEFAULT_MAX_IMAGES
     weights: str = "copy"
     verify: bool = True
     force: bool = False
@@ -100,26 +117,39 @@ def export(request: ExportRequest, progress: Progress | None = None) -> ExportRe
     check_weights(family, config, checkpoint)
     precision = find_precision(request.precision, checkpoint.dtype)
     max_len, warnings = choose_max_len(request.max_len, config)
-    decoder = build_on_meta(config, getattr(torch, precision.dtype))
+    warnings += check_preprocessor(request.checkpoint, config)
+    dtype = getattr(torch, precision.dtype)
+    decoder = build_on_meta(config, dtype)
     cache = cache_spec(decoder, max_len, precision)
-    signature = LAYOUTS[request.layout].signature(config, cache, request.max_batch)
-    tensor_names = family.tensor_names(config)
-    plan = plan_weights(checkpoint, tensor_names.values(), precision, request.weights)
+    vision = vision_spec(config, precision, choose_max_images(request.max_images, config))
+    layout = LAYOUTS[request.layout]
+    plan = plan_weights(checkpoint, family.all_refs(config), precision, request.weights)
 
     with stage(request.out, in_place=in_place) as staging:
         require_space(staging.folder, plan.nbytes)
-        model = trace(decoder, LAYOUTS[request.layout], signature, cache, tensor_names, progress)
+        signature = layout.signature(config, cache, request.max_batch, vision)
+        signatures = {"decoder": signature}
+        models = {
+            "decoder": trace(decoder, layout, signature, cache, family.tensor_names(config), progress, vision=vision)
+        }
+        if vision is not None:
+            signature = layout.encoder_signature(config, vision, request.max_batch)
+            signatures["vision_encoder"] = signature
+            encoder = build_encoder_on_meta(config, dtype)
+            models["vision_encoder"] = trace_encoder(encoder, layout, signature, family.encoder_names(config), progress)
         progress.start("write weights", plan.nbytes or None)
         names = write_weights(plan, staging.path, progress.advance)
         progress.start("write and check graph")
-        attach_weights(model, plan)
-        save_checked(model, staging.path(GRAPH_FILE))
-        names += [GRAPH_FILE] if in_place else [GRAPH_FILE, *_copy_small_files(request.checkpoint, staging)]
-        engines = _build_engines(request, staging, signature, progress)
+        for name, model in models.items():
+            attach_weights(model, plan)
+            save_checked(model, staging.path(GRAPH_FILES[name]))
+            names.append(GRAPH_FILES[name])
+        names += [] if in_place else _copy_small_files(request.checkpoint, staging)
+        engines = _build_engines(request, staging, signatures, progress)
         names += [engine.file for engine in engines.values()]
         parity = None
         if request.verify:
-            parity = _verify(request, checkpoint, staging, signature, cache, engines, progress)
+            parity = _verify(request, checkpoint, staging, signatures, cache, vision, engines, progress)
             staging.path(PARITY_FILE).write_text(parity.to_json(), encoding="utf-8")
             names.append(PARITY_FILE)
         progress.start("hash files")
@@ -134,7 +164,8 @@ def export(request: ExportRequest, progress: Progress | None = None) -> ExportRe
             precision=precision.name,
             max_batch=request.max_batch,
             cache=cache,
-            graphs={"decoder": GraphEntry(file=GRAPH_FILE, signature=signature)},
+            vision=vision,
+            graphs={name: GraphEntry(file=GRAPH_FILES[name], signature=each) for name, each in signatures.items()},
             engines=engines,
             files=files,
             parity=None if parity is None else parity.short(),
@@ -182,6 +213,29 @@ def choose_max_len(asked: int | None, config: DecoderConfig) -> tuple[int, tuple
     return asked, ()
 
 
+def choose_max_images(asked: int | None, config: DecoderConfig) -> int:
+    """Most images of a prompt; ExportError where the number is wrong, or the model reads text only."""
+    if asked is None:
+        return DEFAULT_MAX_IMAGES
+    if config.vision is None:
+        raise ExportError(f"--max-images {asked}: this model ({config.model_type}) reads text only; leave it out")
+    if not 1 <= asked <= MAX_IMAGES_LIMIT:
+        raise ExportError(f"--max-images must be at least 1 and at most {MAX_IMAGES_LIMIT}, got {asked}")
+    return asked
+
+
+def check_preprocessor(checkpoint: Path, config: DecoderConfig) -> tuple[str, ...]:
+    """Warnings where images could not be made into what the vision encoder takes; graphs can be used without that."""
+    if config.vision is None:
+        return ()
+    try:
+        processor = ImageProcessor(checkpoint)
+        processor.require_tiles(config.vision.max_num_tiles, config.vision.num_channels, config.vision.image_size)
+    except ArtifactError as error:
+        return (f"generate --image will be refused: {error}",)
+    return ()
+
+
 def trace(
     decoder: TransformerDecoder,
     layout: Layout,
@@ -189,12 +243,24 @@ def trace(
     cache: CacheSpec,
     tensor_names: TensorNames,
     progress: Progress,
+    *,
+    vision: VisionSpec | None = None,
 ) -> ir.Model:
     """Capture and lower, without reading a weight."""
     progress.start("capture")
-    program = capture(decoder, layout, signature, cache)
+    program = capture(decoder, layout, signature, cache, vision)
     progress.start("lower to ONNX")
-    return lower(program, layout, signature, tensor_names, decoder.real_buffers())
+    return lower(program, layout, signature, tensor_names, decoder.real_buffers(), name="decoder")
+
+
+def trace_encoder(
+    encoder: VisionEncoder, layout: Layout, signature: GraphSignature, names: TensorNames, progress: Progress
+) -> ir.Model:
+    """The same for the vision encoder."""
+    progress.start("capture the vision encoder")
+    program = capture_encoder(encoder, layout, signature)
+    progress.start("lower it to ONNX")
+    return lower(program, layout, signature, names, {}, name="vision_encoder")
 
 
 def save_checked(model: ir.Model, path: Path) -> None:
@@ -224,21 +290,24 @@ def _copy_small_files(checkpoint: Path, staging: Staging) -> list[str]:
 
 
 def _build_engines(
-    request: ExportRequest, staging: Staging, signature: GraphSignature, progress: Progress
+    request: ExportRequest, staging: Staging, signatures: Mapping[str, GraphSignature], progress: Progress
 ) -> dict[str, EngineEntry]:
+    """Of every target that has engines, one for each graph."""
     engines = {}
-    for name in dict.fromkeys(request.targets):
-        finish = TARGETS[name].finish
-        if finish is not None:
-            file = f"decoder.{name}.engine"
+    for target in dict.fromkeys(request.targets):
+        finish = TARGETS[target].finish
+        if finish is None:
+            continue
+        for graph, signature in signatures.items():
+            file = f"{graph}.{target}.engine"
             engine = finish(
-                staging.path(GRAPH_FILE),
+                staging.path(GRAPH_FILES[graph]),
                 staging.path(file),
                 signature,
-                gpu_archs=request.gpu_archs if name == "tensorrt-rtx" else (),
+                gpu_archs=request.gpu_archs if target == "tensorrt-rtx" else (),
                 progress=progress,
             )
-            engines[name] = dataclasses.replace(engine, file=file)
+            engines[engine_key(target, graph)] = dataclasses.replace(engine, file=file, graph=graph)
     return engines
 
 
@@ -246,20 +315,37 @@ def _verify(
     request: ExportRequest,
     checkpoint: Checkpoint,
     staging: Staging,
-    signature: GraphSignature,
+    signatures: Mapping[str, GraphSignature],
     cache: CacheSpec,
-    engines: dict[str, EngineEntry],
+    vision: VisionSpec | None,
+    engines: Mapping[str, EngineEntry],
     progress: Progress,
 ) -> ParitySummary:
-    """Verify the graph on ONNX Runtime, and every engine that can run on this machine."""
-    targets = dict(onnx_targets(staging.path(GRAPH_FILE), signature, cache))
-    for name, engine in engines.items():
-        path = staging.path(engine.file)
-        targets[name] = functools.partial(TENSORRT_RUNNERS[name], path, signature, cache)
+    """Verify the graphs on ONNX Runtime, and every engine that can run on this machine."""
+
+    def vision_part(file: str) -> VisionPart | None:
+        if vision is None:
+            return None
+        return VisionPart(path=staging.path(file), signature=signatures["vision_encoder"], spec=vision)
+
+    signature = signatures["decoder"]
+    graph = staging.path(GRAPH_FILES["decoder"])
+    targets = dict(onnx_targets(graph, signature, cache, vision=vision_part(GRAPH_FILES["vision_encoder"])))
+    for target in dict.fromkeys(engine.target for engine in engines.values()):
+        path = staging.path(engines[target].file)
+        encoder = engines.get(engine_key(target, "vision_encoder"))
+        part = None if encoder is None else vision_part(encoder.file)
+        targets[target] = functools.partial(TENSORRT_RUNNERS[target], path, signature, cache, vision=part)
 
     def verify_one(open_target: Callable[[], Runner], on_stage: Callable[[str], None]) -> ParityReport:
         return verify(
-            open_target, checkpoint, layout=request.layout, signature=signature, cache=cache, on_stage=on_stage
+            open_target,
+            checkpoint,
+            layout=request.layout,
+            signature=signature,
+            cache=cache,
+            encoder=signatures.get("vision_encoder"),
+            on_stage=on_stage,
         )
 
     return verify_all(targets, verify_one, progress)

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 from exporter.errors import ExportError
+from graphs.config import DecoderConfig
 from graphs.transformer import TransformerDecoder
-from runtimes.signature import CacheSpec, StateSpec
+from runtimes.signature import CacheSpec, StateSpec, VisionSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,3 +47,18 @@ def cache_spec(decoder: TransformerDecoder, max_len: int, precision: Precision) 
         for tensor in layer
     )
     return CacheSpec(max_len=max_len, dtype=precision.dtype, tensors=tensors)
+
+
+def vision_spec(config: DecoderConfig, precision: Precision, max_images: int) -> VisionSpec | None:
+    """The keys and values of images, for a model that sees; None for others."""
+    if config.vision is None:
+        return None
+    return VisionSpec(
+        layers=config.cross_layers,
+        kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        dtype=precision.dtype,
+        patches_per_tile=config.vision.num_patches,
+        max_tiles=config.vision.max_num_tiles,
+        max_images=max_images,
+    )

@@ -5,21 +5,39 @@ one matrix at a time. Every row is computed alone, unpadded, in one pass over al
 mask and padding logic that is being checked takes part.
 """
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from graphs.attention.cross import CrossAttention
 from graphs.checkpoint import Checkpoint
 from graphs.config import DecoderConfig
 from graphs.families import Family
-from graphs.loading import load_decoder
+from graphs.loading import load_model
 from graphs.near_ties import Chooser
 from graphs.positions import RotaryPositionalEmbeddings
 from graphs.transformer import TransformerDecoder
+from runtimes.images import ImageBatch
 from runtimes.parity import Case, TargetTrace, Trace
+
+ENCODER_INPUTS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
+
+
+class RowSight(NamedTuple):
+    """What one row is shown."""
+
+    images: ImageBatch
+    row: int
+    mask_SIT: np.ndarray  # of each of its tokens
+
+    def mask(self, device: torch.device) -> Tensor:
+        """int64 [1, S, I, T], without padding pictures."""
+        count = int((self.images.aspect_ratio_ids[self.row] > 0).sum())
+        return torch.from_numpy(self.mask_SIT[None, :, :count]).to(device)
 
 
 def reference_device() -> torch.device:
@@ -49,12 +67,15 @@ class Reference:
         self.dtype = dtype
         self.config = config
         self.device = reference_device()
-        self.decoder = load_decoder(family, config, checkpoint)
+        self._encoded: dict[tuple[int, int], Tensor] = {}  # vision tokens, by (id of the ImageBatch, row)
+        self.decoder, self.encoder = load_model(family, config, checkpoint)
         for module in self.decoder.modules():
             if isinstance(module, Chooser):
                 module.swap_margin = swap_margin
         _move_buffers(self.decoder, self.device)
         _stream_weights(self.decoder, self.device, dtype, weights_rounded_to)
+        if self.encoder is not None:
+            _stream_weights(self.encoder, self.device, dtype, weights_rounded_to)
 
     @torch.no_grad()
     def trace(self, case: Case) -> Trace:
@@ -62,39 +83,73 @@ class Reference:
         logits, cache = [], []
         for row, prompt in enumerate(case.prompts):
             tokens = case.row(row)
-            row_logits, row_cache = self._run(tokens, range(len(tokens)), _prompt_and_steps(prompt, tokens))
+            sight = _row_sight(case.images, row, len(prompt), len(tokens))
+            row_logits, row_cache = self._run(tokens, range(len(tokens)), _prompt_and_steps(prompt, tokens), sight)
             logits.append(row_logits[len(prompt) - 1 :])
             cache.append(row_cache)
         first, chunks = case.far_position, case.chunks
-        far = self._logits(case.far_prompt, range(first, first + len(case.far_prompt)), (len(case.far_prompt),))
+        length = len(case.far_prompt)
+        far = self._logits(case.far_prompt, range(first, first + length), (length,))
         return Trace(
             logits=logits,
             cache=cache,
             far_logits=far[-1],
             chunk_logits=[
-                self._logits(*row, chunks.sizes) for row in zip(chunks.tokens, chunks.positions, strict=True)
+                self._logits(tokens, positions, chunks.sizes, _row_sight(chunks.images, row, len(tokens), len(tokens)))
+                for row, (tokens, positions) in enumerate(zip(chunks.tokens, chunks.positions, strict=True))
             ],
+            images=[] if case.images is None else [self._images(case.images, row) for row in range(len(case.prompts))],
         )
 
     @torch.no_grad()
     def greedy_logits(self, case: Case, target: TargetTrace) -> list[np.ndarray]:
         """Per row [steps, V]: the logits before each token that the target chose."""
         result = []
-        for prompt, chosen in zip(case.prompts, target.greedy, strict=True):
+        for row, (prompt, chosen) in enumerate(zip(case.prompts, target.greedy, strict=True)):
             tokens = [*prompt, *chosen[:-1]]
-            logits, _ = self._run(tokens, range(len(tokens)), _prompt_and_steps(prompt, tokens))
+            sight = _row_sight(case.images, row, len(prompt), len(tokens))
+            logits, _ = self._run(tokens, range(len(tokens)), _prompt_and_steps(prompt, tokens), sight)
             result.append(logits[len(prompt) - 1 :])
         return result
 
+    def _images(self, images: ImageBatch, row: int) -> list[np.ndarray]:
+        """The row's pictures as keys and values, all tiles."""
+        tokens = self._vision_tokens(images, row)
+        if tokens is None:
+            return [np.zeros((attn.num_kv_heads, 0, attn.head_dim)) for attn in self._cross_attention() for _ in "kv"]
+        return [_numpy(tensor[0]) for attn in self._cross_attention() for tensor in attn.keys_values(tokens)]
+
+    def _cross_attention(self) -> list[CrossAttention]:
+        return [layer.attn for layer in self.decoder.cross_layers]
+
+    def _vision_tokens(self, images: ImageBatch, row: int) -> Tensor | None:
+        """One row's pictures alone, without padding pictures, encoded once; None if it has no picture."""
+        count = int((images.aspect_ratio_ids[row] > 0).sum())
+        if not count:
+            return None
+        assert self.encoder is not None
+        key = (id(images), row)
+        if key not in self._encoded:
+            feeds = images.encoder_feeds()
+            alone = (torch.from_numpy(feeds[name][row : row + 1, :count]).to(self.device) for name in ENCODER_INPUTS)
+            self._encoded[key] = self.encoder.vision_tokens(*alone)
+        return self._encoded[key]
+
     def _run(
-        self, tokens: Sequence[int] | np.ndarray, positions: Sequence[int] | np.ndarray, calls: Sequence[int]
+        self,
+        tokens: Sequence[int] | np.ndarray,
+        positions: Sequence[int] | np.ndarray,
+        calls: Sequence[int],
+        sight: RowSight | None,
     ) -> tuple[np.ndarray, list[np.ndarray]]:
-        """([L, V], state) of one row that begins at slot 0; `calls` as in _logits."""
+        """([L, V], state) of one row that begins at slot 0; `calls` and `sight` as in _logits."""
         self._set_lengths(positions, calls)
         length = len(tokens)
         position_ids = torch.tensor([list(positions)], device=self.device)
         past = [
-            tuple(tensor.zeros(1, self.dtype, self.device) for tensor in layer) for layer in self.decoder.state(length)
+            tuple(tensor.zeros(1, self.dtype, self.device) for tensor in layer)
+            for layer in self.decoder.state(length)
+            if layer
         ]
         logits, present = self.decoder.step(
             torch.tensor([list(tokens)], device=self.device),
@@ -103,20 +158,43 @@ class Reference:
             torch.ones_like(position_ids),
             torch.arange(length, device=self.device)[None],
             past,
+            *self._cross(length, sight),
         )
         return _numpy(logits[0]), [_numpy(tensor[0]) for layer in present for tensor in layer]
 
+    def _cross(self, length: int, sight: RowSight | None) -> tuple[Any, ...]:
+        """What `step` takes beside the cache, of a decoder that sees."""
+        if self.encoder is None:
+            return ()
+        tokens = None if sight is None else self._vision_tokens(sight.images, sight.row)
+        if sight is None or tokens is None:
+            hidden = torch.full((1, length, 1, 1), -1, device=self.device)
+            shapes = [(1, a.num_kv_heads, self.decoder.num_patches, a.head_dim) for a in self._cross_attention()]
+            make = functools.partial(torch.zeros, dtype=self.dtype, device=self.device)
+            return hidden, [(make(shape), make(shape)) for shape in shapes]
+        return sight.mask(self.device), [attn.keys_values(tokens) for attn in self._cross_attention()]
+
     def _logits(
-        self, tokens: Sequence[int] | np.ndarray, positions: Sequence[int] | np.ndarray, calls: Sequence[int]
+        self,
+        tokens: Sequence[int] | np.ndarray,
+        positions: Sequence[int] | np.ndarray,
+        calls: Sequence[int],
+        sight: RowSight | None = None,
     ) -> np.ndarray:
         """[L, V]: causal logits of tokens at any positions, in one pass.
 
         Args:
             calls: in how many tokens at a time the target was fed them; it matters to some rotary embeddings.
+            sight: the row's pictures, and what each token sees of them.
         """
         self._set_lengths(positions, calls)
         input_pos = torch.tensor(list(positions), device=self.device)
-        return _numpy(self.decoder(torch.tensor([list(tokens)], device=self.device), input_pos)[0])
+        seen = {}
+        vision_tokens = None if sight is None else self._vision_tokens(sight.images, sight.row)
+        if sight is not None and vision_tokens is not None:
+            mask = sight.mask(self.device).flatten(2).repeat_interleave(self.decoder.num_patches, dim=2)
+            seen = {"encoder_input": vision_tokens, "encoder_mask": mask}
+        return _numpy(self.decoder(torch.tensor([list(tokens)], device=self.device), input_pos, **seen)[0])
 
     def _set_lengths(self, positions: Sequence[int] | np.ndarray, calls: Sequence[int]) -> None:
         """Tell the rotary embeddings that depend on it how long the row was when each token was fed."""
@@ -125,6 +203,14 @@ class Reference:
         for module in self.decoder.modules():
             if isinstance(module, RotaryPositionalEmbeddings) and module.rope.depends_on_length:
                 module.fed_lengths = fed
+
+
+def _row_sight(images: ImageBatch | None, row: int, prompt: int, length: int) -> RowSight | None:
+    """One row's pictures; tokens behind its prompt see what its last one sees."""
+    if images is None:
+        return None
+    tokens = np.minimum(np.arange(length), prompt - 1)
+    return RowSight(images, row, images.cross_attention_mask[row, tokens])
 
 
 def _prompt_and_steps(prompt: Sequence[int], tokens: Sequence[int]) -> tuple[int, ...]:
@@ -138,16 +224,14 @@ def _move_buffers(decoder: TransformerDecoder, device: torch.device) -> None:
         setattr(decoder.get_submodule(module), leaf, buffer.to(device))
 
 
-def _stream_weights(
-    decoder: TransformerDecoder, device: torch.device, dtype: torch.dtype, rounded_to: torch.dtype | None
-) -> None:
+def _stream_weights(root: nn.Module, device: torch.device, dtype: torch.dtype, rounded_to: torch.dtype | None) -> None:
     """Make every module that owns parameters cast them for the time of its call only."""
 
     def cast(tensor: Tensor) -> Tensor:
         tensor = tensor.to(device)
         return (tensor if rounded_to is None else tensor.to(rounded_to)).to(dtype)
 
-    for module in decoder.modules():
+    for module in root.modules():
         if isinstance(module, nn.Embedding):
             # look up first: casting the whole table for a few rows would cost more than the model
             module.to(device).register_forward_hook(lambda _module, _args, output: cast(output))

@@ -56,7 +56,7 @@ def export_stateless(
         example = torch.empty(sizes, dtype=dtype, device="meta")
         program = torch.export.export(_Alone(on_meta), (example,), dynamic_shapes=(dims,), strict=False)
     refs = {name: TensorRef(name) for name in parameters}
-    model = lower(program, LAYOUTS["portable"], signature, refs, real_buffers(layer))
+    model = lower(program, LAYOUTS["portable"], signature, refs, real_buffers(layer), name="layer")
     stored = read_header(out / SINGLE_FILE)
     placed = {name: dataclasses.replace(tensor, path=Path(SINGLE_FILE)) for name, tensor in stored.items()}
     attach_weights(model, WeightPlan(copies=(), casts={}, placed=placed, nbytes=0))
@@ -69,10 +69,10 @@ class _Alone(nn.Module):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.decoder = layer  # the name that lowering takes off
+        self.wrapped = layer  # the name that lowering takes off
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.decoder(x)
+        return self.wrapped(x)
 
 
 def _signature(embed_dim: int, dtype: str, max_len: int, max_batch: int) -> GraphSignature:

@@ -19,7 +19,7 @@ from runtimes.errors import ArtifactError, EngineLoadError, RuntimeMissingError
 from runtimes.onnxruntime_runner import OnnxRuntimeRunner
 from runtimes.parity import ParityReport, ParitySummary, judge, make_case, run_case
 from runtimes.runner import Runner
-from runtimes.signature import CacheSpec, GraphSignature
+from runtimes.signature import CacheSpec, GraphSignature, VisionPart
 from runtimes.tolerances import MACHINE_EPSILON, NEAR_TIE_ULPS
 
 Targets = Mapping[str, Callable[[], Runner]]  # {name: opens the runner}
@@ -32,6 +32,7 @@ def verify(
     layout: str,
     signature: GraphSignature,
     cache: CacheSpec,
+    encoder: GraphSignature | None = None,
     on_stage: Callable[[str], None] = lambda _: None,
     reference_name: str = "the checkpoint",
     seed: int = 0,
@@ -42,6 +43,7 @@ def verify(
 
     Args:
         open_target: opens the runner; called once.
+        encoder: the vision encoder's, of a model that sees.
         on_stage: told in words what is happening.
         seed: of the random tokens.
     """
@@ -55,7 +57,8 @@ def verify(
         signature.dims["batch_size"].max,
         seed,
         window=windows[0] if windows else None,
-        free_positions=all(kind.attention == "causal" for kind in config.kinds),
+        free_positions=all(kind.attention in ("causal", "cross") for kind in config.kinds),
+        encoder=encoder,
     )
     on_stage("target")
     with open_target() as runner:
@@ -100,16 +103,24 @@ def verify(
     )
 
 
-def onnx_targets(graph: Path, signature: GraphSignature, cache: CacheSpec, device: str | None = None) -> Targets:
+def onnx_targets(
+    graph: Path,
+    signature: GraphSignature,
+    cache: CacheSpec,
+    device: str | None = None,
+    vision: VisionPart | None = None,
+) -> Targets:
     """What an ONNX graph is verified on: ONNX Runtime and, for float16, once more in float32.
 
     Behind the rounding of float16 a small mistake in the graph could hide; in float32 it cannot.
     """
     targets: dict[str, Callable[[], Runner]] = {
-        "onnxruntime": lambda: OnnxRuntimeRunner(graph, signature, cache, device=device)
+        "onnxruntime": lambda: OnnxRuntimeRunner(graph, signature, cache, vision=vision, device=device)
     }
     if cache.dtype == "float16":
-        targets["onnxruntime in float32"] = lambda: OnnxRuntimeRunner(graph, signature, cache, in_float32=True)
+        targets["onnxruntime in float32"] = lambda: OnnxRuntimeRunner(
+            graph, signature, cache, vision=vision, in_float32=True
+        )
     return targets
 
 
@@ -160,6 +171,7 @@ def verify_artifact(
             layout=manifest.layout,
             signature=manifest.graphs["decoder"].signature,
             cache=manifest.cache,
+            encoder=None if manifest.vision is None else manifest.graphs["vision_encoder"].signature,
             on_stage=on_stage,
             reference_name="the artifact's own weights" if reference is None else str(reference),
         )

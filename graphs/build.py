@@ -2,11 +2,13 @@
 
 from torch import nn
 
-from graphs.attention import ATTENTION
+from graphs.attention import ATTENTION, cross
+from graphs.attention.cross import TanhGate, TransformerCrossAttentionLayer
 from graphs.config import DecoderConfig, LayerKind, RopeConfig
 from graphs.layers import NORMS, build_mlp
 from graphs.positions import ABSOLUTE, RotaryPositionalEmbeddings
 from graphs.transformer import TransformerDecoder, TransformerDecoderLayer
+from graphs.vision import VisionEncoder
 
 
 def build_decoder(config: DecoderConfig) -> TransformerDecoder:
@@ -14,7 +16,7 @@ def build_decoder(config: DecoderConfig) -> TransformerDecoder:
     ropes = {kind.rope: _rope(kind.rope, config) for kind in config.layer_kinds.values() if kind.rope is not None}
     absolute = ABSOLUTE[config.position_embedding](config) if config.position_embedding else None
     return TransformerDecoder(
-        tok_embeddings=nn.Embedding(config.vocab_size, config.hidden_size),
+        tok_embeddings=nn.Embedding(config.embedding_size, config.hidden_size),
         layers=[_layer(config, kind, ropes) for kind in config.kinds],
         max_seq_len=config.max_position_embeddings,
         num_heads=config.num_attention_heads,
@@ -26,12 +28,26 @@ def build_decoder(config: DecoderConfig) -> TransformerDecoder:
         embedding_multiplier=config.embedding_multiplier,
         logits_multiplier=1.0 / config.logits_scaling,
         logits_softcap=config.final_logit_softcapping or 0.0,
+        num_patches=1 if config.vision is None else config.vision.num_patches,
     )
 
 
-def _layer(
-    config: DecoderConfig, kind: LayerKind, ropes: dict[RopeConfig, RotaryPositionalEmbeddings]
-) -> TransformerDecoderLayer:
+def build_vision_encoder(config: DecoderConfig) -> VisionEncoder:
+    """The vision encoder of config.vision, down to the keys and values of the decoder's cross-attention layers."""
+    assert config.vision is not None
+    return VisionEncoder(config.vision, config.hidden_size, [cross.build(config) for _ in config.cross_layers])
+
+
+def _layer(config: DecoderConfig, kind: LayerKind, ropes: dict[RopeConfig, RotaryPositionalEmbeddings]) -> nn.Module:
+    if kind.attention == "cross":
+        return TransformerCrossAttentionLayer(
+            attn=cross.build(config),
+            mlp=build_mlp(config, kind.experts),
+            ca_norm=_norm(config),
+            mlp_norm=_norm(config),
+            ca_scale=TanhGate(),
+            mlp_scale=TanhGate(),
+        )
     rope = None if kind.rope is None else ropes[kind.rope]
     return TransformerDecoderLayer(
         attn=ATTENTION[kind.attention](config, kind, rope),

@@ -46,11 +46,40 @@ class ExpertsConfig:
 class LayerKind:
     """What may differ from layer to layer."""
 
-    attention: str = "causal"  # an entry of graphs.attention.ATTENTION
+    attention: str = "causal"  # an entry of graphs.attention.ATTENTION; or "cross", to images
     window: int | None = None  # tokens that sliding_window sees, and aft_local has biases for, the query's own included
     top_k: int | None = None  # keys that sparse_top_k keeps
     rope: RopeConfig | None = None
     experts: ExpertsConfig | None = None  # None: one feed-forward network
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """The vision encoder of Llama 3.2 Vision; names are those of Hugging Face's vision_config."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int  # of the local transformer
+    num_global_layers: int
+    attention_heads: int
+    num_channels: int
+    image_size: int  # height and width of a tile, in pixels
+    patch_size: int
+    max_num_tiles: int
+    max_aspect_ratio_id: int  # ids 1 .. this are aspect ratios, 0 is no image
+    intermediate_layers_indices: tuple[int, ...]  # local layers whose results the encoder's result holds as well
+    norm_eps: float
+    hidden_act: str  # an entry of graphs.ops.ACTIVATION_FUNCTIONS
+
+    @property
+    def num_patches(self) -> int:
+        """Vision tokens of a tile: its patches and the class token."""
+        return (self.image_size // self.patch_size) ** 2 + 1
+
+    @property
+    def output_dim(self) -> int:
+        """Numbers of a vision token before the projector."""
+        return self.hidden_size * (1 + len(self.intermediate_layers_indices))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,11 +115,23 @@ class DecoderConfig:
     residual_multiplier: float = 1.0
     logits_scaling: float = 1.0  # divides the logits
     aft_rank: int = 0  # aft_full: inner width of its factorised position bias
+    num_special_tokens: int = 0  # rows of the embedding behind vocab_size; tokens that are read and never predicted
+    vision: VisionConfig | None = None  # what makes the keys and values that layers of attention="cross" read
 
     @property
     def kinds(self) -> tuple[LayerKind, ...]:
         """The kind of each layer."""
         return tuple(self.layer_kinds[name] for name in self.layer_types)
+
+    @property
+    def embedding_size(self) -> int:
+        """Rows of the token embedding."""
+        return self.vocab_size + self.num_special_tokens
+
+    @property
+    def cross_layers(self) -> tuple[int, ...]:
+        """Which layers attend to images."""
+        return tuple(index for index, kind in enumerate(self.kinds) if kind.attention == "cross")
 
     @property
     def position_limit(self) -> int | None:

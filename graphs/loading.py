@@ -5,25 +5,40 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from graphs.build import build_decoder
+from graphs.build import build_decoder, build_vision_encoder
 from graphs.checkpoint import Checkpoint, check_tensors, load_tensor
 from graphs.config import DecoderConfig
 from graphs.families import Family
-from graphs.transformer import TransformerDecoder
+from graphs.families.family import TensorNames
+from graphs.transformer import TransformerDecoder, real_buffers
+from graphs.vision import VisionEncoder
 
 
 def expected_shapes(family: Family, config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """{checkpoint tensor name: shape} for every tensor that the checkpoint must hold."""
-    with torch.device("meta"):
-        decoder = build_decoder(config)
-    parameters = dict(decoder.named_parameters(remove_duplicate=False))
     shapes: dict[str, tuple[int, ...]] = {}
-    for ours, ref in family.tensor_names(config).items():
-        shape = tuple(parameters[ours].shape)
-        if ref.rows is not None:  # of a tensor that holds several parameters, the last one ends where it does
-            shape = (max(ref.rows[1], *shapes.get(ref.name, (0,))[:1]), *shape[1:])
-        shapes[ref.name] = shape
+    for module, names in _names(family, config, *build_on_meta(config)):
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        for ours, ref in names.items():
+            shape = tuple(parameters[ours].shape)
+            if ref.rows is not None:  # of a tensor that holds several parameters, the last one ends where it does
+                shape = (max(ref.rows[1], *shapes.get(ref.name, (0,))[:1]), *shape[1:])
+            shapes[ref.name] = shape
     return shapes
+
+
+def build_on_meta(config: DecoderConfig) -> tuple[TransformerDecoder, VisionEncoder | None]:
+    """The decoder, and the vision encoder if there is one, with parameters that have shapes and no storage."""
+    with torch.device("meta"):
+        return build_decoder(config), None if config.vision is None else build_vision_encoder(config)
+
+
+def _names(
+    family: Family, config: DecoderConfig, decoder: TransformerDecoder, encoder: VisionEncoder | None
+) -> list[tuple[nn.Module, TensorNames]]:
+    """Each module, with where its parameters are."""
+    names: list[tuple[nn.Module, TensorNames]] = [(decoder, family.tensor_names(config))]
+    return names if encoder is None else [*names, (encoder, family.encoder_names(config))]
 
 
 def check_weights(family: Family, config: DecoderConfig, checkpoint: Checkpoint) -> None:
@@ -37,23 +52,30 @@ def load_decoder(family: Family, config: DecoderConfig, checkpoint: Checkpoint) 
     Raises:
         CheckpointError: tensors are missing, unexpected, or of the wrong shape or dtype; all of them are listed.
     """
+    return load_model(family, config, checkpoint)[0]
+
+
+def load_model(
+    family: Family, config: DecoderConfig, checkpoint: Checkpoint
+) -> tuple[TransformerDecoder, VisionEncoder | None]:
+    """The decoder, and the vision encoder if there is one; as load_decoder."""
     check_weights(family, config, checkpoint)
-    with torch.device("meta"):
-        decoder = build_decoder(config)
-    names = family.tensor_names(config)
-    loaded = {ref: load_tensor(ref.slice(checkpoint.tensors[ref.name])) for ref in sorted(set(names.values()), key=str)}
-    materialise(decoder, {ours: loaded[ref] for ours, ref in names.items()})
-    return decoder
+    model = build_on_meta(config)
+    for module, names in _names(family, config, *model):
+        refs = sorted(set(names.values()), key=str)
+        loaded = {ref: load_tensor(ref.slice(checkpoint.tensors[ref.name])) for ref in refs}
+        materialise(module, {ours: loaded[ref] for ours, ref in names.items()})
+    return model
 
 
-def materialise(decoder: TransformerDecoder, parameters: Mapping[str, Tensor]) -> None:
-    """Put real parameters into a decoder that was built on the meta device, and recompute its buffers."""
+def materialise(root: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+    """Put real parameters into a module that was built on the meta device, and recompute its buffers."""
     shared: dict[int, nn.Parameter] = {}  # tied parameters stay one object
     for name, tensor in parameters.items():
         module, _, leaf = name.rpartition(".")
         parameter = shared.setdefault(id(tensor), nn.Parameter(tensor, requires_grad=False))
-        setattr(decoder.get_submodule(module), leaf, parameter)
-    for name, tensor in decoder.real_buffers().items():
+        setattr(root.get_submodule(module), leaf, parameter)
+    for name, tensor in real_buffers(root).items():
         module, _, leaf = name.rpartition(".")
-        setattr(decoder.get_submodule(module), leaf, tensor)
-    decoder.eval()
+        setattr(root.get_submodule(module), leaf, tensor)
+    root.eval()

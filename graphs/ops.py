@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+MOST_SCORES = 1 << 26  # that the reference of attention holds at once, if they are of more heads than one
+
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
@@ -83,16 +85,24 @@ def attention_reference(
     group = heads // kv_heads
     q = q_BHSD.to(dtype).reshape(batch, kv_heads, group, queries, dim)
     k, v = k_BKTD.to(dtype).unsqueeze(2), v_BKTD.to(dtype).unsqueeze(2)
-    scores = (q @ k.transpose(-1, -2)) * scale
-    if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
-    if slopes is not None and distances is not None:
-        scores = scores - slopes.to(dtype).reshape(kv_heads, group, 1, 1) * distances.to(dtype)[:, None, None]
-    scores = scores.masked_fill(~mask.unsqueeze(2), float("-inf"))
-    if top_k:
-        padded = F.pad(scores, (0, top_k), value=float("-inf"))  # there may be fewer keys than top_k
-        scores = scores.masked_fill(scores < padded.topk(top_k, dim=-1).values[..., -1:], float("-inf"))
-    out = torch.softmax(scores, dim=-1) @ v
+
+    def attend(of: slice) -> Tensor:
+        scores = (q[:, of] @ k[:, of].transpose(-1, -2)) * scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        if slopes is not None and distances is not None:
+            slope = slopes.to(dtype).reshape(kv_heads, group, 1, 1)[of]
+            scores = scores - slope * distances.to(dtype)[:, None, None]
+        scores = scores.masked_fill(~mask.unsqueeze(2), float("-inf"))
+        if top_k:
+            padded = F.pad(scores, (0, top_k), value=float("-inf"))  # there may be fewer keys than top_k
+            scores = scores.masked_fill(scores < padded.topk(top_k, dim=-1).values[..., -1:], float("-inf"))
+        return torch.softmax(scores, dim=-1) @ v[:, of]
+
+    if torch.compiler.is_compiling() or batch * heads * queries * active <= MOST_SCORES:
+        out = attend(slice(None))
+    else:  # a picture of thousands of tokens: head by head, or its scores alone would fill the memory
+        out = torch.cat([attend(slice(head, head + 1)) for head in range(kv_heads)], dim=1)
     return out.reshape(batch, heads, queries, v_BKTD.shape[-1]).to(q_BHSD.dtype)
 
 

@@ -4,7 +4,7 @@ Softmax attention keeps a key and a value for each slot (a cache); other kinds k
 graph takes each tensor as an input and returns it updated.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -28,6 +28,17 @@ class StateTensor(NamedTuple):
         return torch.zeros((batch, *self.shape), dtype=wide, device=device)
 
 
+class CrossInputs(NamedTuple):
+    """What cross-attention layers read: images, as keys and values.
+
+    V = I * T * num_patches vision tokens, of I images with T tiles each.
+    """
+
+    attention_mask_BSIT: Tensor  # int64, what each new token sees of each tile; see graphs.attention.cross.cross_mask
+    key_values: Sequence[LayerState]  # per cross-attention layer (key, value), each [B, K, V, D]
+    num_patches: int  # vision tokens of a tile
+
+
 class StepContext:
     """What the layers of one call with explicit state share; each part is made once, when it is first asked for.
 
@@ -37,12 +48,16 @@ class StepContext:
         position_ids: int64 [B, S].
         write_indices: int64 [B], the slot of each row's first new token.
         attention_mask: int64 [B, T], 1 for slots that may be seen.
+        cross: of decoders with cross-attention layers.
     """
 
-    def __init__(self, position_ids: Tensor, write_indices: Tensor, attention_mask: Tensor) -> None:
+    def __init__(
+        self, position_ids: Tensor, write_indices: Tensor, attention_mask: Tensor, cross: CrossInputs | None = None
+    ) -> None:
         self.position_ids = position_ids
         self.write_indices = write_indices
         self.attention_mask = attention_mask
+        self.cross = cross
         self._made: dict[object, object] = {}
 
     def once(self, key: object, make: Callable[[], T]) -> T:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from graphs.attention.causal import CausalSelfAttention
+from graphs.attention.cross import TransformerCrossAttentionLayer
 from graphs.fixed_buffers import FixedBuffers
 from graphs.kv_cache import KVCache
-from graphs.state import LayerState, StateTensor, StepContext
+from graphs.state import CrossInputs, LayerState, StateTensor, StepContext
 
 
 class TransformerDecoderLayer(nn.Module):
@@ -22,6 +23,7 @@ class TransformerDecoderLayer(nn.Module):
     Args:
         sa_scale, mlp_scale: applied to the results of attn and mlp (Gemma 2's post-norms).
         residual_multiplier: multiplies both results (Granite).
+        fusion_layer: a cross-attention layer that x goes through first (Llama 3.2 Vision as torchtune builds it).
     """
 
     def __init__(
@@ -34,8 +36,10 @@ class TransformerDecoderLayer(nn.Module):
         sa_scale: nn.Module | None = None,
         mlp_scale: nn.Module | None = None,
         residual_multiplier: float = 1.0,
+        fusion_layer: TransformerCrossAttentionLayer | None = None,
     ) -> None:
         super().__init__()
+        self.fusion_layer = fusion_layer
         self.sa_norm = sa_norm
         self.attn = attn
         self.sa_scale = nn.Identity() if sa_scale is None else sa_scale
@@ -43,6 +47,26 @@ class TransformerDecoderLayer(nn.Module):
         self.mlp = mlp
         self.mlp_scale = nn.Identity() if mlp_scale is None else mlp_scale
         self.residual_multiplier = residual_multiplier
+
+    def state(self, max_len: int) -> tuple[StateTensor, ...]:
+        """What it carries from call to call."""
+        state: tuple[StateTensor, ...] = self.attn.state(max_len)
+        return state
+
+    def setup_cache(
+        self, batch_size: int, dtype: torch.dtype, max_seq_len: int, encoder_max_seq_len: int | None
+    ) -> None:
+        """Give the layer a KV cache for `batch_size` rows, and its fusion layer another."""
+        attn = self.attn
+        attn.kv_cache = KVCache(batch_size, max_seq_len, attn.num_kv_heads, attn.head_dim, dtype)
+        if self.fusion_layer is not None:
+            self.fusion_layer.setup_cache(batch_size, dtype, max_seq_len, encoder_max_seq_len)
+
+    def reset_cache(self) -> None:
+        """Forget all keys and values."""
+        self.attn.kv_cache.reset()
+        if self.fusion_layer is not None:
+            self.fusion_layer.reset_cache()
 
     def forward(
         self,
@@ -52,8 +76,16 @@ class TransformerDecoderLayer(nn.Module):
         *,
         context: StepContext | None = None,
         past: LayerState | None = None,
+        encoder_input: Tensor | None = None,
+        encoder_mask: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, LayerState]:
-        """[b, s, d] -> [b, s, d]; with explicit state (context and past), also the layer's present."""
+        """[b, s, d] -> [b, s, d]; with explicit state (context and past), also the layer's present.
+
+        encoder_input and encoder_mask are the fusion layer's.
+        """
+        if self.fusion_layer is not None:
+            x = self.fusion_layer(x, context=context, encoder_input=encoder_input, encoder_mask=encoder_mask)
+            x = x if context is None else x[0]
         attn = self.attn(self.sa_norm(x), mask, input_pos, context=context, past=past)
         present = None
         if past is not None:
@@ -83,6 +115,7 @@ class TransformerDecoder(nn.Module):
         embedding_multiplier: multiplies the tokens' embeddings (Gemma, Granite).
         logits_multiplier: multiplies the logits (Granite).
         logits_softcap: logits become logits_softcap * tanh(logits / logits_softcap) (Gemma 2); 0: they do not.
+        num_patches: vision tokens of a tile, for decoders with cross-attention layers.
 
     Raises:
         ValueError: num_layers and the layers given do not match, or layers are given twice or not at all.
@@ -92,7 +125,7 @@ class TransformerDecoder(nn.Module):
 
     def __init__(
         self,
-        tok_embeddings: nn.Embedding,
+        tok_embeddings: nn.Module,
         layer: nn.Module | Sequence[nn.Module] | None = None,
         num_layers: int | None = None,
         max_seq_len: int | None = None,
@@ -107,6 +140,7 @@ class TransformerDecoder(nn.Module):
         embedding_multiplier: float = 1.0,
         logits_multiplier: float = 1.0,
         logits_softcap: float = 0.0,
+        num_patches: int = 1,
     ) -> None:
         super().__init__()
         if (layer is None) == (layers is None):
@@ -125,35 +159,45 @@ class TransformerDecoder(nn.Module):
         self.embedding_multiplier = embedding_multiplier
         self.logits_multiplier = logits_multiplier
         self.logits_softcap = logits_softcap
+        self.num_patches = num_patches
         self.causal_mask = None
+        for index, cross_layer in enumerate(self.cross_layers):
+            cross_layer.index = index
         if tie_word_embeddings:
             self.output.weight = self.tok_embeddings.weight
+
+    @property
+    def cross_layers(self) -> list[TransformerCrossAttentionLayer]:
+        """The layers that read images, first to last."""
+        return [module for module in self.modules() if isinstance(module, TransformerCrossAttentionLayer)]
 
     def real_buffers(self) -> dict[str, Tensor]:
         """Values of the buffers that export needs, on the CPU, whatever device the decoder was built on."""
         return real_buffers(self)
 
     def state(self, max_len: int) -> tuple[tuple[StateTensor, ...], ...]:
-        """Per layer, the tensors that `step` takes and returns, for texts of up to max_len tokens."""
-        return tuple(layer.attn.state(max_len) for layer in self.layers)
+        """Per layer, the tensors that `step` takes and returns, for texts of up to max_len tokens; some have none."""
+        return tuple(layer.state(max_len) for layer in self.layers)
 
-    def setup_caches(self, batch_size: int, dtype: torch.dtype) -> None:
+    def setup_caches(self, batch_size: int, dtype: torch.dtype, *, encoder_max_seq_len: int | None = None) -> None:
         """Give every layer a KV cache for `batch_size` rows; `forward` then needs input_pos.
+
+        Args:
+            encoder_max_seq_len: vision tokens that cross-attention layers have room for; by default, as many as they
+                were built for.
 
         Raises:
             ValueError: a layer keeps no keys and values: `step` carries its state.
         """
-        others = {type(layer.attn).__name__ for layer in self.layers if not isinstance(layer.attn, CausalSelfAttention)}
+        attentions = [layer.attn for layer in self.layers if not isinstance(layer, TransformerCrossAttentionLayer)]
+        others = {type(attn).__name__ for attn in attentions if not isinstance(attn, CausalSelfAttention)}
         if others:
             raise ValueError(
                 f"{', '.join(sorted(others))} has no KV cache: use step, which carries every layer's state"
             )
-        device = self.tok_embeddings.weight.device
-        with device:
+        with self.output.weight.device:
             for layer in self.layers:
-                layer.attn.kv_cache = KVCache(
-                    batch_size, self.max_seq_len, layer.attn.num_kv_heads, self.head_dim, dtype
-                )
+                layer.setup_cache(batch_size, dtype, self.max_seq_len, encoder_max_seq_len)
             self.causal_mask = torch.ones(self.max_seq_len, self.max_seq_len, dtype=torch.bool).tril()
 
     def reset_caches(self) -> None:
@@ -161,10 +205,21 @@ class TransformerDecoder(nn.Module):
         if self.causal_mask is None:
             raise ValueError("no KV caches are set up: call setup_caches first")
         for layer in self.layers:
-            layer.attn.kv_cache.reset()
+            layer.reset_cache()
 
-    def forward(self, tokens: Tensor, input_pos: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        input_pos: Tensor | None = None,
+        *,
+        encoder_input: Tensor | None = None,
+        encoder_mask: Tensor | None = None,
+    ) -> Tensor:
         """tokens int [b, s] -> logits [b, s, v]; input_pos [s] are the tokens' positions, needed with KV caches.
+
+        Args:
+            encoder_input: [b, s_e, d], what cross-attention layers read; with KV caches it is needed once.
+            encoder_mask: bool [b, s, s_e], True where a token sees; or int, see graphs.attention.cross.cross_mask.
 
         Raises:
             ValueError: the causal mask is set (caches are set up) but input_pos is None, or s is above max_seq_len.
@@ -179,7 +234,7 @@ class TransformerDecoder(nn.Module):
             mask = self.causal_mask[input_pos][None, None]
         h = self._embed(tokens, torch.arange(length, device=tokens.device) if input_pos is None else input_pos)
         for layer in self.layers:
-            h = layer(h, mask, input_pos)
+            h = layer(h, mask, input_pos, encoder_input=encoder_input, encoder_mask=encoder_mask)
         return self._logits(h).to(h.dtype)
 
     def step(
@@ -190,6 +245,8 @@ class TransformerDecoder(nn.Module):
         attention_mask: Tensor,
         logit_indices: Tensor,
         past: Sequence[LayerState],
+        cross_attention_mask: Tensor | None = None,
+        cross_key_values: Sequence[LayerState] = (),
     ) -> tuple[Tensor, list[LayerState]]:
         """Run new tokens against explicit state.
 
@@ -198,21 +255,30 @@ class TransformerDecoder(nn.Module):
             write_indices: int64 [B], the slot of each row's first new token; write_indices + S <= capacity.
             attention_mask: int64 [B, T], 1 for cache slots that may be seen; T <= capacity.
             logit_indices: int64 [B, n], which of the S positions get logits.
-            past: per layer the tensors that `state` lists, each [B, *shape]; for softmax attention (key, value), each
-                [B, K, capacity, D].
+            past: per layer that has a state, the tensors that `state` lists, each [B, *shape]; for softmax attention
+                (key, value), each [B, K, capacity, D].
+            cross_attention_mask: int64 [B, S, I, T], which tiles of which images each token sees
+                (graphs.attention.cross.cross_mask).
+            cross_key_values: per cross-attention layer (key, value), each [B, K, I * T * num_patches, D].
 
         Returns:
-            float32 logits [B, n, V] (float64 for a float64 model), and the layers' state, updated.
+            float32 logits [B, n, V] (float64 for a float64 model), and the states of `past`, updated.
 
         A slot is seen when its index is at most the query's position and its attention_mask is 1. Tokens whose own
         attention_mask is 0 are padding: they leave no trace in sums.
         """
         h = self._embed(input_ids, position_ids)
-        context = StepContext(position_ids, write_indices, attention_mask)
-        present = []
-        for layer, layer_past in zip(self.layers, past, strict=True):
-            h, layer_present = layer(h, context=context, past=layer_past)
-            present.append(layer_present)
+        cross = None
+        if cross_attention_mask is not None:
+            cross = CrossInputs(cross_attention_mask, cross_key_values, self.num_patches)
+        context = StepContext(position_ids, write_indices, attention_mask, cross)
+        present, states = [], iter(past)
+        for layer in self.layers:
+            if isinstance(layer, TransformerCrossAttentionLayer):
+                h, _ = layer(h, context=context)
+            else:
+                h, layer_present = layer(h, context=context, past=next(states))
+                present.append(layer_present)
         wanted = logit_indices.unsqueeze(-1).expand(-1, -1, h.shape[-1])
         return self._logits(h.gather(1, wanted)), present
 

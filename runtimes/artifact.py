@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from runtimes.errors import ArtifactError
-from runtimes.signature import CacheSpec, GraphSignature
+from runtimes.signature import CacheSpec, GraphSignature, VisionPart, VisionSpec
 
 MANIFEST = "manifest.json"
-GRAPH_FILE = "decoder.onnx"
+GRAPH_FILES = {"decoder": "decoder.onnx", "vision_encoder": "vision_encoder.onnx"}
 PARITY_FILE = "parity.json"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _CHUNK_BYTES = 1 << 22
 
 
@@ -53,8 +53,9 @@ class Manifest:
     precision: str
     max_batch: int
     cache: CacheSpec
-    graphs: Mapping[str, GraphEntry]
-    engines: Mapping[str, EngineEntry]
+    vision: VisionSpec | None  # None: a model that reads text only
+    graphs: Mapping[str, GraphEntry]  # "decoder", and "vision_encoder" where there is one
+    engines: Mapping[str, EngineEntry]  # by engine_key
     files: Mapping[str, FileEntry]
     parity: Mapping[str, Any] | None  # {"passed", "runtimes", "not_run"}; None: not asked for
     tools: Mapping[str, str]  # versions of what made it
@@ -78,6 +79,7 @@ class Manifest:
                 **data
                 | {
                     "cache": CacheSpec.from_json(data["cache"]),
+                    "vision": None if data["vision"] is None else VisionSpec.from_json(data["vision"]),
                     "graphs": {
                         name: GraphEntry(file=entry["file"], signature=GraphSignature.from_json(entry["signature"]))
                         for name, entry in data["graphs"].items()
@@ -104,9 +106,15 @@ class Manifest:
         _require(isinstance(self.config, dict) and isinstance(self.tools, dict), "config and tools must be objects")
         _require(self.parity is None or type(self.parity.get("passed")) is bool, "parity must say whether it passed")
         _require("decoder" in self.graphs, "it lists no decoder graph")
+        _require(("vision_encoder" in self.graphs) == (self.vision is not None), "vision and its encoder go together")
         files = [*(graph.file for graph in self.graphs.values()), *(engine.file for engine in self.engines.values())]
         _require(all(file in self.files for file in files), "a graph or engine is not among the files")
         _require(all(engine.graph in self.graphs for engine in self.engines.values()), "an engine is of no graph")
+        keys = {engine_key(engine.target, engine.graph) for engine in self.engines.values()}
+        _require(keys == set(self.engines), "an engine is listed under another's name")
+        targets = {engine.target for engine in self.engines.values()}
+        needed = {engine_key(target, graph) for target in targets for graph in self.graphs}
+        _require(needed == keys, "a target has no engine of some graph")
         for graph in self.graphs.values():
             graph.signature.check()
         signature = self.graphs["decoder"].signature
@@ -124,6 +132,26 @@ class Manifest:
             for name, tensor in zip(names, cache.tensors, strict=True):
                 fits = specs[name].shape == tensor.symbolic_shape() and specs[name].dtype == tensor.dtype
                 _require(fits, f"{name} is not what the cache says")
+        if self.vision is not None:
+            self._check_vision(self.vision)
+
+    def _check_vision(self, vision: VisionSpec) -> None:
+        vision.check()
+        decoder, encoder = self.graphs["decoder"].signature, self.graphs["vision_encoder"].signature
+        made = [spec.name for spec in encoder.outputs]
+        _require(made == vision.names(), "the vision encoder's outputs are not the keys and values of images")
+        read = [spec for spec in decoder.inputs if spec.name in made]
+        for spec in (*encoder.outputs, *read):
+            fits = spec.shape == vision.symbolic_shape() and spec.dtype == vision.dtype
+            _require(fits, f"{spec.name} is not what vision says")
+        _require(len(read) == len(made), "the decoder does not take every key and value of images")
+        needed = {"num_images", "num_tiles"}
+        _require(all(needed <= graph.dims.keys() for graph in (decoder, encoder)), "images or tiles have no range")
+
+
+def engine_key(target: str, graph: str) -> str:
+    """Under which name the manifest lists an engine: the decoder's is called by its target alone."""
+    return target if graph == "decoder" else f"{target}/{graph}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,6 +164,14 @@ class Artifact:
     def path(self, file: str) -> Path:
         """Where a file of the artifact lies."""
         return self.folder / file
+
+    def vision_part(self, engine: EngineEntry | None = None) -> VisionPart | None:
+        """The vision encoder, as a graph or as that engine; None where there is none."""
+        if self.manifest.vision is None:
+            return None
+        graph = self.manifest.graphs["vision_encoder"]
+        path = self.path(graph.file if engine is None else engine.file)
+        return VisionPart(path=path, signature=graph.signature, spec=self.manifest.vision)
 
 
 def open_artifact(folder: str | Path, *, check_hashes: bool = True) -> Artifact:

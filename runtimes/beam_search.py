@@ -15,6 +15,7 @@ import numpy as np
 from runtimes.decoding import Decoding, limit_new_tokens
 from runtimes.errors import FeedError
 from runtimes.generation import prefill_scored
+from runtimes.images import ImageBatch
 from runtimes.runner import Runner
 from runtimes.sampling import check_logits, log_softmax
 from runtimes.stopping import Decode, added_text, check_stop_strings, finish_reason
@@ -60,6 +61,7 @@ def beam_search(
     num_beams: int,
     max_new_tokens: int | None = None,
     *,
+    images: ImageBatch | None = None,
     length_penalty: float = 1.0,
     stop_ids: Sequence[int] = (),
     stop_strings: Sequence[str] = (),
@@ -76,6 +78,7 @@ def beam_search(
         prompts: token ids, one list per prompt; lengths may differ. Each takes num_beams rows of the artifact's batch.
         num_beams: continuations that are followed at a time, per prompt.
         max_new_tokens: of each continuation; by default, as many as the cache has room for.
+        images: what the prompts show, as runtimes.images.ImageProcessor.batch makes it of the same prompts.
         length_penalty: above 0 favours long continuations, below 0 short ones; 0 compares plain sums.
         stop_ids, stop_strings, decode: as in runtimes.generation.generate.
         logprobs: report the prompts' log-probabilities too.
@@ -92,14 +95,15 @@ def beam_search(
     max_new_tokens = limit_new_tokens(runner.cache_spec.max_len, prompts, max_new_tokens)
     check_stop_strings(stop_strings, decode)
     rows = [prompt for prompt in prompts for _ in range(num_beams)]
+    images = None if images is None else images.repeat(num_beams)
     decoding = Decoding(runner)
     start = time.perf_counter()
     prompt_logprobs: list[list[float | None]] = []
     if logprobs:
-        logits, scored = prefill_scored(decoding, rows)
+        logits, scored = prefill_scored(decoding, rows, images)
         prompt_logprobs = scored[::num_beams]
     else:
-        logits = decoding.prefill(rows)
+        logits = decoding.prefill(rows, images)
     prefill_end = time.perf_counter()
 
     searches = [

@@ -8,6 +8,7 @@ import numpy as np
 
 from runtimes.decoding import Decoding, limit_new_tokens
 from runtimes.errors import FeedError
+from runtimes.images import ImageBatch
 from runtimes.runner import Runner
 from runtimes.sampling import Sampler, Sampling, log_softmax
 from runtimes.stopping import Decode, RowText, check_stop_strings, finish_reason, read_stop_ids
@@ -27,7 +28,8 @@ class Generation:
             lists are not cut: they hold the tokens of the stop string.
         token_logprobs: per row and token, its natural log-probability under the model's own logits, before repetition
             penalty, temperature and limits; empty unless asked for.
-        prompt_logprobs: the same for the prompts' tokens; None for each first one, which nothing precedes.
+        prompt_logprobs: the same for the prompts' tokens; None for each first one, which nothing precedes, and for
+            image tokens, which the model does not predict.
     """
 
     prompt_ids: list[list[int]]
@@ -46,6 +48,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int | None = None,
     *,
+    images: ImageBatch | None = None,
     sampling: Sampling | None = None,
     stop_ids: Sequence[int] = (),
     stop_strings: Sequence[str] = (),
@@ -59,6 +62,7 @@ def generate(
     Args:
         prompts: token ids, one list per row; lengths may differ.
         max_new_tokens: per row; by default, as many as the cache has room for.
+        images: what the prompts show, as runtimes.images.ImageProcessor.batch makes it of the same prompts.
         sampling: how tokens are chosen; greedily by default.
         stop_ids: a row ends when it produces one of these.
         stop_strings: a row ends when the text of its new tokens holds one of these.
@@ -79,9 +83,9 @@ def generate(
     start = time.perf_counter()
     prompt_logprobs: list[list[float | None]] = []
     if logprobs:
-        logits, prompt_logprobs = prefill_scored(decoding, prompts)
+        logits, prompt_logprobs = prefill_scored(decoding, prompts, images)
     else:
-        logits = decoding.prefill(prompts)
+        logits = decoding.prefill(prompts, images)
     prefill_end = time.perf_counter()
 
     sampler = Sampler(sampling or Sampling(), prompts, logits.shape[-1])
@@ -124,14 +128,18 @@ def generate(
     )
 
 
-def prefill_scored(decoding: Decoding, prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, list[list[float | None]]]:
+def prefill_scored(
+    decoding: Decoding, prompts: Sequence[Sequence[int]], images: ImageBatch | None = None
+) -> tuple[np.ndarray, list[list[float | None]]]:
     """Decoding.prefill, and the log-probability of each prompt token after those before it; None for the first."""
     scores: list[list[float | None]] = [[None] for _ in prompts]
     last: list[np.ndarray] = [np.empty(0)] * len(prompts)  # logits after each row's last token so far
-    for start, logits in decoding.prefill_in_chunks(prompts, max(1, LOGITS_PER_CALL // max(1, len(prompts)))):
+    chunk_tokens = max(1, LOGITS_PER_CALL // max(1, len(prompts)))
+    for start, logits in decoding.prefill_in_chunks(prompts, chunk_tokens, images):
         for row, prompt in enumerate(prompts):
             for position, token in enumerate(prompt[start : start + logits.shape[1]]):
                 if start + position:
-                    scores[row].append(float(log_softmax(last[row])[token]))
+                    never = token >= logits.shape[-1]  # an image token, which the model does not predict
+                    scores[row].append(None if never else float(log_softmax(last[row])[token]))
                 last[row] = logits[row, position]
     return np.stack(last), scores

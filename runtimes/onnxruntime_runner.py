@@ -10,8 +10,8 @@ from runtimes.artifact import Artifact
 from runtimes.cuda import cuda_device_count
 from runtimes.errors import FeedError, RuntimeMissingError
 from runtimes.runner import Feeds
-from runtimes.signature import CacheSpec, GraphSignature, StateSpec
-from runtimes.step_checks import check_reset, check_rows, check_step
+from runtimes.signature import CacheSpec, GraphSignature, StateSpec, VisionPart
+from runtimes.step_checks import HeldImages, check_images, check_reset, check_rows, check_step, require_vision
 
 # device: the execution provider that must be there
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -71,17 +71,19 @@ class OnnxRuntimeRunner:
         signature: GraphSignature,
         cache_spec: CacheSpec,
         *,
+        vision: VisionPart | None = None,
         device: str | None = None,
         device_id: int = 0,
         threads: int = 0,
         in_float32: bool = False,
     ) -> None:
-        """Load `model`.
+        """Load `model`. The vision encoder is loaded when the first images come.
 
         A bfloat16 graph on the CPU, where ONNX Runtime has no bfloat16 kernels, is computed in float32 with its
         bfloat16 weights, as any 16-bit graph is with `in_float32`; `computes_in` then says float32.
 
         Args:
+            vision: what makes the decoder see, if it can.
             device: "cpu" or "cuda"; by default CUDA where it can be used.
             threads: threads for one operator; 0 lets ONNX Runtime choose.
             in_float32: compute a 16-bit graph in float32, on the CPU.
@@ -99,44 +101,56 @@ class OnnxRuntimeRunner:
                 f"device {device!r} needs ONNX Runtime's {provider}, but this build offers only"
                 f" {', '.join(ort.get_available_providers())}: pip uninstall onnxruntime; pip install 'export-llm[gpu]'"
             )
+        self._ort = ort
+        self.device = device
+        self._device_id = device_id
+        self._threads = threads
+        widened = cache_spec.dtype != "float32" and (in_float32 or (cache_spec.dtype == "bfloat16" and device == "cpu"))
+        self.computes_in = "float32" if widened else cache_spec.dtype
+        self.signature = signature
+        self.cache_spec = cache_spec
+        self.vision_spec = None if vision is None else vision.spec
+        self._session = self._load(model)
+        self._vision = vision
+        self._encoder: Any = None
+        self._binding: Any = None
+        self._cache: list[Any] = []
+        self._images: list[Any] = []  # keys and values, as VisionSpec.names() lists them
+        self._held: HeldImages | None = None
+        self._next: dict[int, Any] = {}  # by index: where a tensor's update goes that cannot be made in place
+        self._batch_size = 0
+        note = f", {cache_spec.dtype} computed as float32" if widened else ""
+        self.description = f"onnxruntime {ort.__version__} ({provider}{note})"
+
+    @classmethod
+    def open(cls, artifact: Artifact, **options: Any) -> "OnnxRuntimeRunner":
+        """Run the artifact's graphs."""
+        graph, vision = artifact.manifest.graphs["decoder"], artifact.vision_part()
+        return cls(artifact.path(graph.file), graph.signature, artifact.manifest.cache, vision=vision, **options)
+
+    def _load(self, model: Path) -> Any:
+        """A session, whose graph is widened where computes_in says so."""
+        ort, provider = self._ort, PROVIDERS[self.device]
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = self._threads
         source: str | bytes = str(model)
-        self.computes_in = cache_spec.dtype
-        if cache_spec.dtype != "float32" and (in_float32 or (cache_spec.dtype == "bfloat16" and device == "cpu")):
+        if self.computes_in != self.cache_spec.dtype:
             from runtimes.widen import load_onnx, widen
 
             source = widen(load_onnx(model))
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.parent))
-            self.computes_in = "float32"
         providers: list[Any] = [provider]
-        if device == "cuda":
+        if self.device == "cuda":
             ort.preload_dlls()  # the CUDA libraries that pip installed
             # TF32 is the default there, and not what fp32 promises; shape arithmetic runs on the CPU
-            providers = [(provider, {"device_id": device_id, "use_tf32": 0}), PROVIDERS["cpu"]]
-        self._session = ort.InferenceSession(source, options, providers=providers)
-        if provider not in self._session.get_providers():
+            providers = [(provider, {"device_id": self._device_id, "use_tf32": 0}), PROVIDERS["cpu"]]
+        session = ort.InferenceSession(source, options, providers=providers)
+        if provider not in session.get_providers():
             raise RuntimeMissingError(
                 f"ONNX Runtime could not start {provider} (its log above says why: usually a missing or mismatched"
                 f" CUDA or cuDNN library, or no GPU)"
             )
-        self._ort = ort
-        self.device = device
-        self._device_id = device_id
-        self._binding: Any = None
-        self._cache: list[Any] = []
-        self._next: dict[int, Any] = {}  # by index: where a tensor's update goes that cannot be made in place
-        self._batch_size = 0
-        self.signature = signature
-        self.cache_spec = cache_spec
-        widened = f", {cache_spec.dtype} computed as float32" if self.computes_in != cache_spec.dtype else ""
-        self.description = f"onnxruntime {ort.__version__} ({provider}{widened})"
-
-    @classmethod
-    def open(cls, artifact: Artifact, **options: Any) -> "OnnxRuntimeRunner":
-        """Run the artifact's decoder graph."""
-        graph = artifact.manifest.graphs["decoder"]
-        return cls(artifact.path(graph.file), graph.signature, artifact.manifest.cache, **options)
+        return session
 
     def reset(self, batch_size: int) -> None:
         """Make a cache of zeros for `batch_size` rows."""
@@ -150,11 +164,38 @@ class OnnxRuntimeRunner:
         self._next = {i: self._zeros(self.cache_spec.tensors[i]) for i, n in enumerate(presents) if n not in in_place}
         for index in range(len(presents)):
             self._bind(index)
+        if self.vision_spec is not None:
+            self._held = HeldImages(spec=self.vision_spec)
+            nothing = np.zeros(self.vision_spec.array_shape(batch_size, 1, 1), np.float32)
+            self._show([self._upload(nothing, self.vision_spec.dtype) for _ in self.vision_spec.names()])
+
+    def encode_images(self, feeds: Feeds) -> None:
+        """See Runner.encode_images."""
+        self._open_session()
+        vision = require_vision(self._vision)
+        count, tiles = check_images(feeds, vision.signature, self._batch_size)
+        if self._encoder is None:
+            self._encoder = self._load(vision.path)
+        binding = self._encoder.io_binding()
+        for name, array in feeds.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        for name in vision.spec.names():
+            binding.bind_output(name, self.device, self._device_id)
+        self._encoder.run_with_iobinding(binding)
+        self._held = HeldImages(spec=vision.spec, count=count, tiles=tiles)
+        self._show(binding.get_outputs())
+
+    def _show(self, images: list[Any]) -> None:
+        """Let the decoder read these keys and values."""
+        assert self.vision_spec is not None
+        self._images = images
+        for name, value in zip(self.vision_spec.names(), images, strict=True):
+            self._binding.bind_ortvalue_input(name, value)
 
     def step(self, feeds: Feeds) -> np.ndarray:
         """Run the graph; the cache is updated. See Runner.step."""
         session = self._open_session()
-        check_step(feeds, self.signature, self.cache_spec, self._batch_size)
+        check_step(feeds, self.signature, self.cache_spec, self._batch_size, self._held)
         for name, array in feeds.items():
             self._binding.bind_cpu_input(name, np.ascontiguousarray(array))
         self._binding.bind_output("logits", "cpu")
@@ -172,27 +213,28 @@ class OnnxRuntimeRunner:
 
     def read_cache(self, index: int) -> np.ndarray:
         """See Runner.read_cache."""
-        buffer = self._cache[index]
-        if self._dtype(self.cache_spec.tensors[index]) != "bfloat16":
-            return np.asarray(buffer.numpy(), np.float32)
-        import ml_dtypes
+        return self._download(self._cache[index])
 
-        host = self._ort.OrtValue.ortvalue_from_numpy_with_onnx_type(
-            np.zeros(buffer.shape(), np.uint16), _ONNX_BFLOAT16
-        )
-        self._ort.copy_tensors([buffer], [host])
-        bits: np.ndarray = host.numpy()
-        return bits.view(ml_dtypes.bfloat16).astype(np.float32)
+    def read_images(self, index: int) -> np.ndarray:
+        """See Runner.read_images."""
+        return self._download(self._images[index])
+
+    def write_images(self, index: int, array: np.ndarray) -> None:
+        """See Runner.write_images."""
+        spec = require_vision(self._vision).spec
+        self._images[index] = self._upload(array, spec.dtype)
+        self._binding.bind_ortvalue_input(spec.names()[index], self._images[index])
 
     def fill_cache(self, value: float) -> None:
         """See Runner.fill_cache."""
         for buffer, tensor in zip(self._cache, self.cache_spec.tensors, strict=True):
             if tensor.slot_axis is None:
                 continue
-            if self._dtype(tensor) == "bfloat16":
-                self._ort.copy_tensors([self._bfloat16(tensor, value)], [buffer])
+            full = np.full(tensor.array_shape(self._batch_size), value, np.float32)
+            if self._dtype(tensor.dtype) == "bfloat16":
+                self._ort.copy_tensors([self._bfloat16(full)], [buffer])
             else:
-                buffer.update_inplace(self._full(tensor, value))
+                buffer.update_inplace(full.astype(_NUMPY[self._dtype(tensor.dtype)], copy=False))
 
     def reorder_rows(self, rows: np.ndarray) -> None:
         """See Runner.reorder_rows. On the CPU, only rows that move are copied; a CUDA cache goes by way of the host."""
@@ -201,7 +243,7 @@ class OnnxRuntimeRunner:
         moved = np.flatnonzero(rows != np.arange(len(rows)))
         if not moved.size:
             return
-        for buffer in self._cache:
+        for buffer in (*self._cache, *self._images):
             if buffer.element_type() == _ONNX_BFLOAT16:  # numpy has no such type; its bits can be moved all the same
                 bits = np.empty(buffer.shape(), np.uint16)
                 host = self._ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, _ONNX_BFLOAT16)
@@ -216,7 +258,8 @@ class OnnxRuntimeRunner:
 
     def close(self) -> None:
         """Release the session and the cache."""
-        self._binding, self._cache, self._next, self._session = None, [], {}, None
+        self._binding, self._cache, self._next, self._images = None, [], {}, []
+        self._session = self._encoder = None
 
     def __enter__(self) -> "OnnxRuntimeRunner":
         return self
@@ -231,27 +274,37 @@ class OnnxRuntimeRunner:
             raise FeedError("this runner is closed")
         return self._session
 
-    def _dtype(self, tensor: StateSpec) -> str:
-        """What the session takes: a widened graph has no 16-bit floats left."""
-        return tensor.dtype if self.computes_in == self.cache_spec.dtype else "float32"
-
     def _zeros(self, tensor: StateSpec) -> Any:
         """A tensor of zeros on the device."""
-        make = self._ort.OrtValue
-        if self._dtype(tensor) != "bfloat16":
-            return make.ortvalue_from_numpy(self._full(tensor, 0.0), self.device, self._device_id)
-        shape = tensor.array_shape(self._batch_size)
-        buffer = make.ortvalue_from_shape_and_type(shape, _ONNX_BFLOAT16, self.device, self._device_id)
-        self._ort.copy_tensors([self._bfloat16(tensor, 0.0)], [buffer])
+        return self._upload(np.zeros(tensor.array_shape(self._batch_size), np.float32), tensor.dtype)
+
+    def _dtype(self, dtype: str) -> str:
+        """What the session takes: a widened graph has no 16-bit floats left."""
+        return dtype if self.computes_in == self.cache_spec.dtype else "float32"
+
+    def _upload(self, array: np.ndarray, dtype: str) -> Any:
+        """Float32 numbers as a tensor on the device."""
+        make, dtype = self._ort.OrtValue, self._dtype(dtype)
+        if dtype != "bfloat16":
+            return make.ortvalue_from_numpy(np.ascontiguousarray(array, _NUMPY[dtype]), self.device, self._device_id)
+        buffer = make.ortvalue_from_shape_and_type(array.shape, _ONNX_BFLOAT16, self.device, self._device_id)
+        self._ort.copy_tensors([self._bfloat16(array)], [buffer])
         return buffer
 
-    def _full(self, tensor: StateSpec, value: float) -> np.ndarray:
-        """A host array full of `value`."""
-        return np.full(tensor.array_shape(self._batch_size), value, _NUMPY[self._dtype(tensor)])
+    def _bfloat16(self, array: np.ndarray) -> Any:
+        """Float32 numbers as a host tensor; numpy has no bfloat16, which is the upper half of a float32."""
+        bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
+        half = np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))  # to the nearest, of two to the even one
+        upper = ((bits + half) >> np.uint32(16)).astype(np.uint16)
+        return self._ort.OrtValue.ortvalue_from_numpy_with_onnx_type(upper, _ONNX_BFLOAT16)
 
-    def _bfloat16(self, tensor: StateSpec, value: float) -> Any:
-        """A host tensor full of `value`; numpy has no bfloat16, whose bits are the upper half of a float32's."""
-        bits = np.float32(value).view(np.uint32) >> np.uint32(16)
-        return self._ort.OrtValue.ortvalue_from_numpy_with_onnx_type(
-            np.full(tensor.array_shape(self._batch_size), bits, np.uint16), _ONNX_BFLOAT16
+    def _download(self, buffer: Any) -> np.ndarray:
+        """A float32 copy of a device tensor."""
+        if buffer.element_type() != _ONNX_BFLOAT16:
+            return np.array(buffer.numpy(), np.float32)
+        host = self._ort.OrtValue.ortvalue_from_numpy_with_onnx_type(
+            np.zeros(buffer.shape(), np.uint16), _ONNX_BFLOAT16
         )
+        self._ort.copy_tensors([buffer], [host])
+        bits: np.ndarray = host.numpy().astype(np.uint32) << np.uint32(16)
+        return bits.view(np.float32)

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from runtimes.decoding import Decoding
-from runtimes.runner import Runner
-from runtimes.signature import CacheSpec
+from runtimes.images import ImageBatch
+from runtimes.runner import Feeds, Runner
+from runtimes.signature import CacheSpec, GraphSignature
 from runtimes.tolerances import (
     FLOOR_ULPS,
     MACHINE_EPSILON,
@@ -35,6 +36,9 @@ CHUNK_OFFSETS = (300, 0, 1000, 5)  # not in order, and far apart: a row that use
 LAST_POSITION_AHEAD = 7
 WINDOW_MARGIN = 2  # how far before the end of a window the tokens stand that see its first slots fall out
 CACHE_BYTES = 4 << 30  # a cache of more than one row stays below this
+IMAGE_COUNTS = (2, 1, 0)  # of the rows, as far as the artifact takes so many; the last row reads text only
+FIRST_SIGHT = 3  # tokens of the first row before its first image: they see nothing
+CHUNK_IMAGES = (1, 2, 1, 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,6 +51,7 @@ class Case:
     far_prompt: tuple[int, ...]
     far_position: int  # position and cache slot of its first token
     chunks: "Chunks"
+    images: ImageBatch | None = None  # what the prompts show, for models that see
 
     def row(self, index: int) -> list[int]:
         """All the tokens that row `index` is fed."""
@@ -65,6 +70,7 @@ class Chunks:
     sizes: tuple[int, ...]  # of the chunks, L in all; the last is 1
     slots: np.ndarray  # int64 [rows, L]; neighbours within a chunk
     positions: np.ndarray  # int64 [rows, L]
+    images: ImageBatch | None = None  # each token sees tiles of its own
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +81,9 @@ class Trace:
     cache: list[list[np.ndarray]]  # per row, per tensor of the state: its written slots, or all of a sum
     far_logits: np.ndarray  # [V], after the far prompt
     chunk_logits: list[np.ndarray]  # per row of the chunks [L, V], after each token
+    images: list[list[np.ndarray]] = dataclasses.field(
+        default_factory=list
+    )  # per row, per tensor of VisionSpec.names()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,6 +93,7 @@ class TargetTrace(Trace):
     greedy: list[list[int]]  # per row, the tokens it chose
     tail_intact: bool  # slots that no call wrote still hold what was there before
     cache_names: tuple[str, ...]  # of each entry of `cache`
+    image_names: tuple[str, ...] = ()  # of each entry of `images`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,12 +178,14 @@ def make_case(
     *,
     window: int | None = None,
     free_positions: bool = True,
+    encoder: GraphSignature | None = None,
 ) -> Case:
     """A case that fits the artifact: random tokens from `seed`, and as many rows as CACHE_BYTES has room for.
 
     Args:
         window: of sliding-window layers; the first chunked row then leaves slots out, so that it reaches beyond.
         free_positions: a token's position may differ from its slot.
+        encoder: the vision encoder's, for a model that sees; rows then have two images, one and none.
     """
     rng = np.random.default_rng(seed)
     max_len = cache_spec.max_len
@@ -181,18 +193,68 @@ def make_case(
     room = CACHE_BYTES // cache_spec.nbytes(1)
     lengths = [min(length, max_len - steps) for length in PROMPT_LENGTHS[: max(1, min(max_batch, room))]]
     far_tokens = min(FAR_TOKENS, max_len)
+    chunks = _make_chunks(
+        vocab_size, max_len, max(1, min(CHUNK_ROWS, max_batch, room)), rng, window, free_positions, encoder
+    )
     return Case(
         prompts=tuple(tuple(rng.integers(0, vocab_size, length).tolist()) for length in lengths),
         forced=rng.integers(0, vocab_size, (len(lengths), steps)),
         greedy_steps=min(GREEDY_STEPS, max_len - max(lengths) + 1),
         far_prompt=tuple(rng.integers(0, vocab_size, far_tokens).tolist()),
         far_position=max_len - far_tokens,
-        chunks=_make_chunks(vocab_size, max_len, max(1, min(CHUNK_ROWS, max_batch, room)), rng, window, free_positions),
+        chunks=chunks,
+        images=None if encoder is None else _make_images(encoder, lengths, rng),
     )
 
 
+def _make_images(encoder: GraphSignature, lengths: Sequence[int], rng: np.random.Generator) -> ImageBatch:
+    """Random pictures, seen as the image processor has it: from a token on, until the next picture.
+
+    The first row's first tokens see none, and so attend to all tiles of its pictures; the others' see from the start.
+    """
+    most = encoder.dims["num_images"].max
+    counts = [min(count, most) for count in IMAGE_COUNTS[: len(lengths)]]
+    tiles = encoder.dims["num_tiles"].max
+    pixels, ids, mask = _make_pictures(encoder, counts, rng)
+    sight = np.full((len(lengths), max(lengths), *mask.shape[1:]), -1, np.int64)
+    for row, count in enumerate(counts):
+        start = min(FIRST_SIGHT, lengths[row] - 1) if row == 0 else 0
+        sight[row, :, :count] = 0
+        for image, first in enumerate(np.linspace(start, lengths[row], count, endpoint=False, dtype=np.int64)):
+            sight[row, first:, :image] = 0
+            sight[row, first:, image] = mask[row, image]
+    assert sight.shape[-1] == tiles
+    return ImageBatch(pixel_values=pixels, aspect_ratio_ids=ids, aspect_ratio_mask=mask, cross_attention_mask=sight)
+
+
+def _make_pictures(
+    encoder: GraphSignature, counts: Sequence[int], rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pixels, aspect ratio ids and real tiles of so many pictures a row; the first has all tiles, the next fewer."""
+    specs = {spec.name: spec for spec in encoder.inputs}
+    most = encoder.dims["num_tiles"].max
+    shape = (len(counts), max(1, *counts), most)
+    mask = np.zeros(shape, np.int64)
+    mask[..., 0] = 1  # a padding image's first tile counts as one
+    ids = np.zeros(shape[:2], np.int64)
+    for row, count in enumerate(counts):
+        ids[row, :count] = rng.integers(1, encoder.limits["aspect_ratio_ids"], count)
+        for image in range(count):
+            mask[row, image, : max(1, most - row - image)] = 1
+    tile_shape = [int(size) for size in specs["pixel_values"].shape[3:]]
+    pixels = rng.standard_normal((*shape, *tile_shape), np.float32)
+    pixels *= (mask * (ids > 0)[..., None]).reshape(*shape, 1, 1, 1)  # padding is black
+    return pixels, ids, mask
+
+
 def _make_chunks(
-    vocab_size: int, max_len: int, rows: int, rng: np.random.Generator, window: int | None, free_positions: bool
+    vocab_size: int,
+    max_len: int,
+    rows: int,
+    rng: np.random.Generator,
+    window: int | None,
+    free_positions: bool,
+    encoder: GraphSignature | None,
 ) -> Chunks:
     length = min(CHUNK_TOKENS, max_len)
     half = length // 2
@@ -206,7 +268,19 @@ def _make_chunks(
     positions = slots.copy()
     if free_positions:
         positions[:, -1] = np.minimum(positions[:, -1] + LAST_POSITION_AHEAD, max_len - 1)
-    return Chunks(tokens=rng.integers(0, vocab_size, (rows, length)), sizes=sizes, slots=slots, positions=positions)
+    tokens = rng.integers(0, vocab_size, (rows, length))
+    images = None
+    if encoder is not None:
+        counts = [min(count, encoder.dims["num_images"].max) for count in CHUNK_IMAGES[:rows]]
+        pixels, ids, mask = _make_pictures(encoder, counts, rng)
+        sight = rng.integers(-1, 2, (rows, length, *mask.shape[1:]))
+        sight[:, ::4] = np.minimum(sight[:, ::4], 0)  # of these tokens, what is not hidden is not seen either
+        for row, count in enumerate(counts):
+            sight[row, :, count:] = -1
+        images = ImageBatch(
+            pixel_values=pixels, aspect_ratio_ids=ids, aspect_ratio_mask=mask, cross_attention_mask=sight
+        )
+    return Chunks(tokens=tokens, sizes=sizes, slots=slots, positions=positions, images=images)
 
 
 def run_case(runner: Runner, case: Case) -> TargetTrace:
@@ -214,8 +288,8 @@ def run_case(runner: Runner, case: Case) -> TargetTrace:
     greedy = _run_greedy(runner, case)
     far_logits = _run_far(runner, case)
     chunk_logits = _run_chunks(runner, case.chunks)
-    decoding = Decoding(_PoisonOnReset(runner))
-    steps = [decoding.prefill(case.prompts)]
+    decoding = Decoding(_Poisoned(runner, case.images))
+    steps = [decoding.prefill(case.prompts, case.images)]
     for tokens in case.forced.T:
         steps.append(decoding.decode(tokens))
     logits = np.stack(steps, axis=1)
@@ -237,17 +311,20 @@ def run_case(runner: Runner, case: Case) -> TargetTrace:
         cache=cache,
         far_logits=far_logits,
         chunk_logits=chunk_logits,
+        images=_read_images(runner, case.images),
         greedy=greedy,
         tail_intact=tail_intact,
         cache_names=tuple(runner.cache_spec.present_names()),
+        image_names=() if runner.vision_spec is None else tuple(runner.vision_spec.names()),
     )
 
 
-class _PoisonOnReset:
-    """A runner that fills its cache with POISON whenever it is reset."""
+class _Poisoned:
+    """A runner that fills its cache with POISON whenever it is reset, and what nobody sees of images when they come."""
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Runner, images: ImageBatch | None) -> None:
         self._runner = runner
+        self._images = images
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)
@@ -255,6 +332,36 @@ class _PoisonOnReset:
     def reset(self, batch_size: int) -> None:
         self._runner.reset(batch_size)
         poison(self._runner)
+
+    def encode_images(self, feeds: Feeds) -> None:
+        self._runner.encode_images(feeds)
+        assert self._images is not None
+        _poison_unseen(self._runner, self._images.cross_attention_mask)
+
+
+def _poison_unseen(runner: Runner, sight_BSIT: np.ndarray) -> None:
+    """Poison the keys and values of every tile that no token of its row attends to."""
+    spec = runner.vision_spec
+    assert spec is not None
+    blind = ~(sight_BSIT > 0).any(axis=(2, 3), keepdims=True)
+    attended_BIT = ((sight_BSIT > 0) | ((sight_BSIT == 0) & blind)).any(axis=1)
+    unseen_BV = np.repeat(~attended_BIT.reshape(len(sight_BSIT), -1), spec.patches_per_tile, axis=1)
+    for index in range(len(spec.names())):
+        array = runner.read_images(index)
+        array.swapaxes(1, 2)[unseen_BV] = POISON[spec.dtype]
+        runner.write_images(index, array)
+
+
+def _read_images(runner: Runner, images: ImageBatch | None) -> list[list[np.ndarray]]:
+    """Per row, the keys and values of its pictures as the runner encodes them, padding pictures left out."""
+    spec = runner.vision_spec
+    if images is None or spec is None:
+        return []
+    runner.reset(len(images.pixel_values))
+    runner.encode_images(images.encoder_feeds())
+    counts = (images.aspect_ratio_ids > 0).sum(axis=1) * images.pixel_values.shape[2] * spec.patches_per_tile
+    tensors = [runner.read_images(index) for index in range(len(spec.names()))]
+    return [[tensor[row, :, :count] for tensor in tensors] for row, count in enumerate(counts)]
 
 
 def poison(runner: Runner) -> None:
@@ -269,7 +376,7 @@ def _is_poison(array: np.ndarray, runner: Runner) -> bool:
 
 def _run_greedy(runner: Runner, case: Case) -> list[list[int]]:
     decoding = Decoding(runner)
-    tokens = [decoding.prefill(case.prompts).argmax(axis=-1)]
+    tokens = [decoding.prefill(case.prompts, case.images).argmax(axis=-1)]
     for _ in range(case.greedy_steps - 1):
         tokens.append(decoding.decode(tokens[-1]).argmax(axis=-1))
     return np.stack(tokens, axis=1).tolist()
@@ -283,16 +390,16 @@ def _run_far(runner: Runner, case: Case) -> np.ndarray:
     mask[0, case.far_position :] = 1
     runner.reset(1)
     poison(runner)
-    logits = runner.step(
-        {
-            "input_ids": np.array([case.far_prompt], np.int64),
-            "position_ids": positions[None],
-            "write_indices": positions[:1],
-            "attention_mask": mask,
-            "logit_indices": np.array([[length - 1]], np.int64),
-        }
-    )
-    return logits[0, 0]
+    feeds = {
+        "input_ids": np.array([case.far_prompt], np.int64),
+        "position_ids": positions[None],
+        "write_indices": positions[:1],
+        "attention_mask": mask,
+        "logit_indices": np.array([[length - 1]], np.int64),
+    }
+    if runner.vision_spec is not None:
+        feeds["cross_attention_mask"] = np.full((1, length, 1, 1), -1, np.int64)
+    return runner.step(feeds)[0, 0]
 
 
 def _run_chunks(runner: Runner, chunks: Chunks) -> list[np.ndarray]:
@@ -300,22 +407,23 @@ def _run_chunks(runner: Runner, chunks: Chunks) -> list[np.ndarray]:
     rows = len(chunks.slots)
     runner.reset(rows)
     poison(runner)
+    if chunks.images is not None:
+        runner.encode_images(chunks.images.encoder_feeds())
     logits, start = [], 0
     for size in chunks.sizes:
         written = chunks.slots[:, : start + size]
         seen = np.zeros((rows, int(written.max()) + 1), np.int64)
         np.put_along_axis(seen, written, 1, axis=1)
-        logits.append(
-            runner.step(
-                {
-                    "input_ids": chunks.tokens[:, start : start + size],
-                    "position_ids": chunks.positions[:, start : start + size],
-                    "write_indices": chunks.slots[:, start],
-                    "attention_mask": seen,
-                    "logit_indices": np.tile(np.arange(size, dtype=np.int64), (rows, 1)),
-                }
-            )
-        )
+        feeds = {
+            "input_ids": chunks.tokens[:, start : start + size],
+            "position_ids": chunks.positions[:, start : start + size],
+            "write_indices": chunks.slots[:, start],
+            "attention_mask": seen,
+            "logit_indices": np.tile(np.arange(size, dtype=np.int64), (rows, 1)),
+        }
+        if chunks.images is not None:
+            feeds["cross_attention_mask"] = chunks.images.cross_attention_mask[:, start : start + size]
+        logits.append(runner.step(feeds))
         start += size
     return list(np.concatenate(logits, axis=1))
 
@@ -367,6 +475,17 @@ def judge(
         rungs.append(_with_top1(decode, case, target, truth))
     rungs.append(judge_greedy(case, target, greedy_truth, max(rung.max_limit for rung in rungs)))
     rungs.append(_cache_rung(case, target, truth, errors, dtype))
+    if truth.images:
+        pictures = _worst_rung(
+            "keys and values of images",
+            target.image_names,
+            lambda trace, index: [row[index] for row in trace.images],
+            target,
+            truth,
+            errors,
+            dtype,
+        )
+        rungs.insert(0, pictures)
     intact = target.tail_intact
     rungs.append(
         Rung(
@@ -457,15 +576,30 @@ def compare(name: str, target: np.ndarray, truth: np.ndarray, eager: np.ndarray,
 
 
 def _cache_rung(case: Case, target: TargetTrace, truth: Trace, errors: Yardstick, dtype: str) -> Rung:
-    """Every tensor of the state by its own scale; the worst one stands for all."""
+    def pick(trace: Trace, index: int) -> list[np.ndarray]:
+        return [trace.cache[row][index] for row in _rows(case)]
+
+    return _worst_rung("written cache", target.cache_names, pick, target, truth, errors, dtype)
+
+
+def _worst_rung(
+    name: str,
+    tensors: Sequence[str],
+    pick: Callable[[Trace, int], list[np.ndarray]],
+    target: Trace,
+    truth: Trace,
+    errors: Yardstick,
+    dtype: str,
+) -> Rung:
+    """Every tensor by its own scale; the worst one stands for all."""
     rungs = []
-    for index, name in enumerate(target.cache_names):
+    for index, tensor in enumerate(tensors):
 
-        def pick(trace: Trace, index: int = index) -> list[np.ndarray]:
-            return [trace.cache[row][index] for row in _rows(case)]
+        def one(trace: Trace, index: int = index) -> list[np.ndarray]:
+            return pick(trace, index)
 
-        rung = _rung("written cache", pick(target), pick(truth), errors(pick), dtype)
-        rungs.append(dataclasses.replace(rung, note=f"worst: {name}"))
+        rung = _rung(name, one(target), one(truth), errors(one), dtype)
+        rungs.append(dataclasses.replace(rung, note=f"worst: {tensor}"))
     return max(rungs, key=lambda rung: (not rung.passed, rung.max_error / rung.max_limit if rung.max_limit else 0.0))
 
 

@@ -63,12 +63,12 @@ class Sampler:
     """Chooses tokens for a batch. Each row draws from a stream of its own, whatever its neighbours do."""
 
     def __init__(self, sampling: Sampling, prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
-        """`prompts` hold ids below vocab_size, one list per row."""
+        """`prompts` hold one list of ids per row; those from vocab_size on (of images) are never chosen."""
         self._sampling = sampling
         self._streams = [np.random.default_rng([sampling.seed, row]) for row in range(len(prompts))]
         self._seen = np.zeros((len(prompts), vocab_size), bool)
         for row, prompt in enumerate(prompts):
-            self._seen[row, list(prompt)] = True
+            self._seen[row, [token for token in prompt if token < vocab_size]] = True
 
     def choose(self, logits: np.ndarray, active: np.ndarray) -> np.ndarray:
         """The next token of each active row, int64 [B]; 0 for the others.

@@ -6,6 +6,7 @@ ONNX names, dynamic shapes of torch.export, TensorRT profiles and feed checks ar
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,6 +14,13 @@ import numpy as np
 from runtimes.errors import FeedError
 
 DTYPE_BYTES = {"int64": 8, "int32": 4, "float32": 4, "float16": 2, "bfloat16": 2, "bool": 1}
+
+# What the largest size of a dynamic dimension follows from, if not from --max-len
+LIMITED_BY = {
+    "batch_size": "--max-batch, at export",
+    "num_images": "--max-images, at export",
+    "num_tiles": "the model's max_num_tiles",
+}
 
 Shape = tuple[int | str, ...]
 T = TypeVar("T")
@@ -129,6 +137,57 @@ class CacheSpec:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionSpec:
+    """The keys and values of images: what the vision encoder makes and the decoder's cross-attention layers read.
+
+    Each is [batch_size, kv_heads, vision_tokens, head_dim], of num_images * num_tiles * patches_per_tile vision tokens.
+    """
+
+    layers: tuple[int, ...]  # the decoder's cross-attention layers
+    kv_heads: int
+    head_dim: int
+    dtype: str
+    patches_per_tile: int  # vision tokens of a tile
+    max_tiles: int  # of an image
+    max_images: int  # of a row
+
+    def names(self) -> list[str]:
+        """Of the encoder's outputs and the decoder's inputs: a key and a value for each layer."""
+        return [f"cross_key_values.{layer}.{part}" for layer in self.layers for part in ("key", "value")]
+
+    def symbolic_shape(self) -> Shape:
+        """Of each, with dynamic dimensions."""
+        return ("batch_size", self.kv_heads, "vision_tokens", self.head_dim)
+
+    def array_shape(self, batch_size: int, images: int, tiles: int) -> tuple[int, ...]:
+        """Of each."""
+        return (batch_size, self.kv_heads, images * tiles * self.patches_per_tile, self.head_dim)
+
+    def by_layer(self, items: Sequence[T]) -> list[tuple[T, ...]]:
+        """One item for each tensor, in pairs of key and value."""
+        return list(zip(items[::2], items[1::2], strict=True))
+
+    @property
+    def bytes_per_image(self) -> int:
+        """Bytes of one image of max_tiles tiles, over all layers."""
+        numbers = math.prod(self.array_shape(1, 1, self.max_tiles))
+        return numbers * DTYPE_BYTES[self.dtype] * len(self.names())
+
+    def check(self) -> None:
+        """ValueError when it describes nothing."""
+        sizes = (self.kv_heads, self.head_dim, self.patches_per_tile, self.max_tiles, self.max_images)
+        if not all(type(size) is int and size > 0 for size in sizes) or not self.layers:
+            raise ValueError("sizes of the vision encoder's output must be whole numbers above 0")
+        if self.dtype not in DTYPE_BYTES:
+            raise ValueError(f"unknown dtype {self.dtype!r}")
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "VisionSpec":
+        """The inverse of dataclasses.asdict."""
+        return cls(**{**data, "layers": tuple(data["layers"])})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class GraphSignature:
     """Inputs and outputs in order; sizes of dynamic dimensions; which output may share memory with which input."""
 
@@ -163,7 +222,7 @@ class GraphSignature:
                 if not allowed.min <= size <= allowed.max:
                     raise FeedError(
                         f"{name}: {dim} is {size}, but this artifact takes {allowed.min} to {allowed.max}"
-                        f" (set at export: --max-len, --max-batch)"
+                        f" (set by {LIMITED_BY.get(dim, '--max-len, at export')})"
                     )
                 if sizes.setdefault(dim, size) != size:
                     raise FeedError(f"{name}: {dim} is {size}, but another input has {sizes[dim]}")
@@ -209,3 +268,12 @@ def _tensor_spec(data: Mapping[str, Any]) -> TensorSpec:
 
 def _show(shape: Shape | tuple[int, ...]) -> str:
     return "[" + ", ".join(str(dim) for dim in shape) + "]"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionPart:
+    """What makes a decoder see: its vision encoder, as a graph or an engine."""
+
+    path: Path
+    signature: GraphSignature
+    spec: VisionSpec

@@ -1,11 +1,28 @@
 """The checks that every runner makes before a reset and a step."""
 
+import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
 
 from runtimes.errors import FeedError
-from runtimes.signature import CacheSpec, GraphSignature
+from runtimes.signature import CacheSpec, GraphSignature, VisionPart, VisionSpec
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeldImages:
+    """What the rows of a runner were shown."""
+
+    spec: VisionSpec
+    count: int = 1  # images a row, padding included
+    tiles: int = 1  # an image, padding included
+
+
+def require_vision(vision: VisionPart | None) -> VisionPart:
+    """FeedError for a model that reads text only."""
+    if vision is None:
+        raise FeedError("this model reads text only: it has no vision encoder to show images to")
+    return vision
 
 
 def check_reset(batch_size: int, signature: GraphSignature) -> None:
@@ -18,12 +35,17 @@ def check_reset(batch_size: int, signature: GraphSignature) -> None:
 
 
 def check_step(
-    feeds: Mapping[str, np.ndarray], signature: GraphSignature, cache_spec: CacheSpec, batch_size: int
+    feeds: Mapping[str, np.ndarray],
+    signature: GraphSignature,
+    cache_spec: CacheSpec,
+    batch_size: int,
+    images: "HeldImages | None" = None,
 ) -> dict[str, int]:
     """Check the inputs of one step against the signature and the cache; return the dynamic dimensions' sizes.
 
     Args:
         batch_size: rows the cache was made for; 0 when reset was not called.
+        images: what the rows were shown, of a decoder that sees.
 
     Raises:
         FeedError: a missing or wrong input, or tokens that would be written beyond the cache (runtimes drop those
@@ -31,7 +53,8 @@ def check_step(
     """
     if not batch_size:
         raise FeedError("reset(batch_size) must be called before the first step")
-    expected = {spec.name for spec in signature.inputs} - set(cache_spec.past_names())
+    held = {*cache_spec.past_names(), *(() if images is None else images.spec.names())}
+    expected = {spec.name for spec in signature.inputs} - held
     if missing := expected - feeds.keys():
         raise FeedError(f"missing inputs: {', '.join(sorted(missing))}")
     sizes = signature.check_feeds(feeds)
@@ -41,6 +64,14 @@ def check_step(
     _check_range(feeds, "input_ids", limits["input_ids"], "the vocabulary")
     _check_range(feeds, "logit_indices", sizes["sequence_length"], "this call's tokens")
     _check_range(feeds, "position_ids", limits.get("position_ids", np.iinfo(np.int64).max), "the positions")
+    if images is not None:
+        shown, found = (images.count, images.tiles), (sizes["num_images"], sizes["num_tiles"])
+        if found != shown:
+            raise FeedError(
+                f"cross_attention_mask speaks of {found[0]} images with {found[1]} tiles, but the rows were shown"
+                f" {shown[0]} with {shown[1]} (before encode_images, it is one of one tile that holds nothing)"
+            )
+        _check_values(feeds, "cross_attention_mask", (-1, 0, 1))
     mask = feeds["attention_mask"] != 0
     nearest = np.where(mask.any(axis=1), mask.argmax(axis=1), np.iinfo(np.int64).max)
     if (blind := nearest > feeds["position_ids"].min(axis=1)).any():  # softmax over nothing: NaN, or anything else
@@ -55,6 +86,38 @@ def check_step(
             f"tokens would be written to slots {first} to {last - 1}, but the cache holds {cache_spec.max_len}"
         )
     return sizes
+
+
+def check_images(feeds: Mapping[str, np.ndarray], signature: GraphSignature, batch_size: int) -> tuple[int, int]:
+    """Check the vision encoder's inputs; return how many images of how many tiles they are.
+
+    Args:
+        signature: the vision encoder's.
+        batch_size: rows the cache was made for; 0 when reset was not called.
+
+    Raises:
+        FeedError: a missing or wrong input, or an image without a tile.
+    """
+    if not batch_size:
+        raise FeedError("reset(batch_size) must be called before images are shown")
+    if missing := {spec.name for spec in signature.inputs} - feeds.keys():
+        raise FeedError(f"missing inputs: {', '.join(sorted(missing))}")
+    sizes = signature.check_feeds(feeds)
+    if sizes["batch_size"] != batch_size:
+        raise FeedError(f"batch_size is {sizes['batch_size']}, but reset made a cache for {batch_size}")
+    _check_range(feeds, "aspect_ratio_ids", signature.limits["aspect_ratio_ids"], "the aspect ratios")
+    _check_values(feeds, "aspect_ratio_mask", (0, 1))
+    if not feeds["aspect_ratio_mask"].any(axis=-1).all():
+        raise FeedError(
+            "aspect_ratio_mask must be 1 for a tile of every image at least, of padding images for the first"
+        )
+    return sizes["num_images"], sizes["num_tiles"]
+
+
+def _check_values(feeds: Mapping[str, np.ndarray], name: str, allowed: tuple[int, ...]) -> None:
+    """FeedError unless every number is one of these."""
+    if (wrong := feeds[name][~np.isin(feeds[name], allowed)]).size:
+        raise FeedError(f"{name} holds {wrong[0]}, expected one of {', '.join(map(str, allowed))}")
 
 
 def check_rows(rows: np.ndarray, batch_size: int) -> None:

@@ -1,10 +1,11 @@
-"""The TensorRT and TensorRT-RTX runner: one engine, a context per profile, a cache updated in place.
+"""The TensorRT and TensorRT-RTX runner: an engine per graph, a context per profile, a cache updated in place.
 
 Decode steps are replayed as CUDA graphs. A graph fixes every shape, so the attention mask is padded with zeros to a
 multiple of MASK_BUCKET, and one graph serves all the steps of a bucket.
 """
 
 import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -12,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.artifact import Artifact
+from runtimes.artifact import Artifact, engine_key
 from runtimes.cuda import cuda_device_count
 from runtimes.errors import ArtifactError, EngineLoadError, FeedError, RuntimeMissingError
 from runtimes.runner import Feeds
-from runtimes.signature import CacheSpec, GraphSignature, StateSpec
-from runtimes.step_checks import check_reset, check_rows, check_step
+from runtimes.signature import DTYPE_BYTES, CacheSpec, GraphSignature, StateSpec, VisionPart
+from runtimes.step_checks import HeldImages, check_images, check_reset, check_rows, check_step, require_vision
 from runtimes.tensorrt_api import get_logger, import_tensorrt
 
 log = logging.getLogger(__name__)
@@ -144,10 +145,14 @@ class TensorRTRunner:
         signature: GraphSignature,
         cache_spec: CacheSpec,
         *,
+        vision: VisionPart | None = None,
         device_id: int = 0,
         cuda_graphs: bool = True,
     ) -> None:
-        """Load an engine.
+        """Load an engine. The vision encoder's is loaded when the first images come.
+
+        Args:
+            vision: what makes the decoder see, if it can.
 
         Raises:
             RuntimeMissingError: no library, no CUDA bindings, or no GPU.
@@ -158,55 +163,65 @@ class TensorRTRunner:
         trt = import_tensorrt(self.target)
         self.signature = signature
         self.cache_spec = cache_spec
+        self.vision_spec = None if vision is None else vision.spec
         self.computes_in = cache_spec.dtype
         self.description = f"{self.target} {trt.__version__}"
+        self._trt = trt
         (logits,) = (spec for spec in signature.outputs if spec.name == "logits")
         self._vocab_size = int(logits.shape[-1])
         self._batch_size = 0
         self._use_graphs = cuda_graphs
         self._graph: tuple[int, Any] | None = None  # (generation of the decode context, executable graph)
         self._contexts: list[BoundContext] = []
-        self._engine: Any = None
+        self._engines: list[Any] = []
+        self._vision = vision
+        self._encoder: BoundContext | None = None
+        self._held: HeldImages | None = None
+        self._runtime = trt.Runtime(get_logger(self.target))
         self._cuda = Cuda(device_id)
         self._buffers = Buffers(self._cuda)
         self._open = True
         try:
-            self._load(trt, engine_path)
+            self._contexts = self._load(engine_path, signature, (PREFILL, DECODE))
         except BaseException:
             self.close()
             raise
 
-    def _load(self, trt: Any, engine_path: Path) -> None:
+    def _load(self, engine_path: Path, signature: GraphSignature, profiles: tuple[int, ...]) -> list[BoundContext]:
+        """Load an engine; a context for each of its profiles."""
         logger = get_logger(self.target)
         logger.clear()
-        self._runtime = trt.Runtime(logger)
-        self._engine = self._runtime.deserialize_cuda_engine(engine_path.read_bytes())
-        if self._engine is None:
+        engine = self._runtime.deserialize_cuda_engine(engine_path.read_bytes())
+        if engine is None:
             reason = "; ".join(logger.errors[-3:]) or "the library gave no reason"
             raise EngineLoadError(
-                f"{engine_path.name} cannot be loaded by {self.target} {trt.__version__}: it was made for another GPU"
-                f" or library version, or is damaged ({reason}): export again on, or for, this machine"
+                f"{engine_path.name} cannot be loaded by {self.target} {self._trt.__version__}: it was made for another"
+                f" GPU or library version, or is damaged ({reason}): export again on, or for, this machine"
             )
-        _check_interface(self._engine, self.signature)
-        for profile in (PREFILL, DECODE):
-            context = self._make_context(trt)
+        _check_interface(engine, signature, len(profiles))
+        self._engines.append(engine)
+        contexts = []
+        for profile in profiles:
+            context = self._make_context(engine)
             if context is None:
                 reason = "; ".join(logger.errors[-3:]) or "out of memory"
                 raise RuntimeError(f"{self.target} could not make an execution context: {reason}")
-            self._contexts.append(BoundContext(context, profile, int(self._cuda.stream)))
+            contexts.append(BoundContext(context, profile, int(self._cuda.stream)))
         self._cuda.synchronize()
+        return contexts
 
     @classmethod
     def open(cls, artifact: Artifact, **options: Any) -> "TensorRTRunner":
-        """Run the artifact's engine for this library."""
+        """Run the artifact's engines for this library."""
         engine = artifact.manifest.engines.get(cls.target)
         if engine is None:
             held = ", ".join(artifact.manifest.engines) or "none"
             raise ArtifactError(
                 f"{artifact.folder} holds no {cls.target} engine (engines: {held}): export with --target {cls.target}"
             )
+        vision = artifact.vision_part(artifact.manifest.engines.get(engine_key(cls.target, "vision_encoder")))
         signature = artifact.manifest.graphs[engine.graph].signature
-        return cls(artifact.path(engine.file), signature, artifact.manifest.cache, **options)
+        return cls(artifact.path(engine.file), signature, artifact.manifest.cache, vision=vision, **options)
 
     def reset(self, batch_size: int) -> None:
         """Make a cache of zeros for `batch_size` rows."""
@@ -223,13 +238,56 @@ class TensorRTRunner:
             for context in self._contexts:
                 context.bind(past, address, tensor.array_shape(batch_size))
                 context.bind(present, updated)
+        if self.vision_spec is not None:
+            self._held = HeldImages(spec=self.vision_spec)
+            nbytes = batch_size * self._image_row_bytes()
+            for _, address in self._bind_images(batch_size):
+                self._cuda.call(self._cuda.api.cudaMemsetAsync, address, 0, nbytes, self._cuda.stream)
         self._cuda.synchronize()
         self._batch_size = batch_size
+
+    def encode_images(self, feeds: Feeds) -> None:
+        """See Runner.encode_images. Keys and values stay where the encoder's engine writes them."""
+        self._require_open()
+        vision = require_vision(self._vision)
+        count, tiles = check_images(feeds, vision.signature, self._batch_size)
+        if self._encoder is None:
+            (self._encoder,) = self._load(vision.path, vision.signature, (0,))
+        self._cuda.synchronize()  # buffers may have to grow
+        self._held = HeldImages(spec=vision.spec, count=count, tiles=tiles)
+        host = {name: np.ascontiguousarray(array) for name, array in feeds.items()}  # alive until all is done
+        for name, array in host.items():
+            address = self._buffers.get(name, array.nbytes)
+            self._cuda.upload(address, array)
+            self._encoder.bind(name, address, array.shape)
+        for name, address in self._bind_images(self._batch_size):
+            self._encoder.bind(name, address)
+        self._enqueue(self._encoder)
+        self._cuda.synchronize()
+
+    def _bind_images(self, batch_size: int) -> list[tuple[str, int]]:
+        """Let the decoder read keys and values of the images that are held; (name, address) of each."""
+        held = self._held
+        assert held is not None
+        shape = held.spec.array_shape(batch_size, held.count, held.tiles)
+        bound = []
+        for name in held.spec.names():
+            address = self._buffers.get(name, batch_size * self._image_row_bytes())
+            for context in self._contexts:
+                context.bind(name, address, shape)
+            bound.append((name, address))
+        return bound
+
+    def _image_row_bytes(self) -> int:
+        """Bytes of one row of a key or value of the images that are held."""
+        held = self._held
+        assert held is not None
+        return math.prod(held.spec.array_shape(1, held.count, held.tiles)) * DTYPE_BYTES[held.spec.dtype]
 
     def step(self, feeds: Feeds) -> np.ndarray:
         """Run the engine; the cache is updated in place. See Runner.step."""
         self._require_open()
-        sizes = check_step(feeds, self.signature, self.cache_spec, self._batch_size)
+        sizes = check_step(feeds, self.signature, self.cache_spec, self._batch_size, self._held)
         decode = sizes["sequence_length"] == 1 and sizes["n"] == 1
         feeds = _pad_mask(feeds, self.cache_spec.max_len) if decode else feeds
         bound = self._contexts[DECODE if decode else PREFILL]
@@ -261,6 +319,23 @@ class TensorRTRunner:
         self._cuda.download(array, self._buffers.get(self.cache_spec.past_names()[index], array.nbytes))
         return array.astype(np.float32)
 
+    def read_images(self, index: int) -> np.ndarray:
+        """See Runner.read_images."""
+        self._require_open()
+        held = self._held
+        assert held is not None
+        array = np.empty(held.spec.array_shape(self._batch_size, held.count, held.tiles), _numpy_dtype(held.spec.dtype))
+        self._cuda.download(array, self._buffers.get(held.spec.names()[index], array.nbytes))
+        return array.astype(np.float32)
+
+    def write_images(self, index: int, array: np.ndarray) -> None:
+        """See Runner.write_images."""
+        self._require_open()
+        spec = require_vision(self._vision).spec
+        host = np.ascontiguousarray(array.astype(_numpy_dtype(spec.dtype)))
+        self._cuda.upload(self._buffers.get(spec.names()[index], host.nbytes), host)
+        self._cuda.synchronize()  # the host array may go
+
     def fill_cache(self, value: float) -> None:
         """See Runner.fill_cache."""
         self._require_open()
@@ -279,13 +354,16 @@ class TensorRTRunner:
         if not moved.size:
             return
         crossing = bool(np.isin(rows[moved], moved).any())  # a row is needed that is overwritten as well
+        tensors = [(past, tensor.row_bytes) for past, _, tensor in self._state()]
+        if self.vision_spec is not None:
+            tensors += [(name, self._image_row_bytes()) for name in self.vision_spec.names()]
         if crossing:
             self._cuda.synchronize()  # the buffer may have to grow
-            largest = max(tensor.row_bytes for tensor in self.cache_spec.tensors)
+            largest = max(row_bytes for _, row_bytes in tensors)
             before = self._buffers.get("reorder_rows", self._batch_size * largest)  # one tensor as it was
-        for past, _, tensor in self._state():
-            row_bytes, nbytes = tensor.row_bytes, self._batch_size * tensor.row_bytes
-            address = self._buffers.get(past, nbytes)
+        for name, row_bytes in tensors:
+            nbytes = self._batch_size * row_bytes
+            address = self._buffers.get(name, nbytes)
             if crossing:
                 self._cuda.copy(before, address, nbytes)
             source = before if crossing else address
@@ -300,7 +378,8 @@ class TensorRTRunner:
         self._cuda.release(self._cuda.api.cudaStreamSynchronize, self._cuda.stream)
         self._drop_graph()
         self._contexts.clear()
-        self._engine = self._runtime = None
+        self._encoder = self._runtime = None
+        self._engines.clear()
         self._buffers.free()
         self._cuda.release(self._cuda.api.cudaStreamDestroy, self._cuda.stream)
 
@@ -316,8 +395,8 @@ class TensorRTRunner:
         """(input name, output name, tensor) of the decoding state."""
         return zip(self.cache_spec.past_names(), self.cache_spec.present_names(), self.cache_spec.tensors, strict=True)
 
-    def _make_context(self, trt: Any) -> Any:
-        return self._engine.create_execution_context()
+    def _make_context(self, engine: Any) -> Any:
+        return engine.create_execution_context()
 
     def _enqueue(self, bound: BoundContext) -> None:
         if not bound.context.execute_async_v3(int(self._cuda.stream)):
@@ -371,11 +450,11 @@ class TensorRTRTXRunner(TensorRTRunner):
 
     target = "tensorrt-rtx"
 
-    def _make_context(self, trt: Any) -> Any:
-        config = self._engine.create_runtime_config()
+    def _make_context(self, engine: Any) -> Any:
+        config = engine.create_runtime_config()
         if self._use_graphs:
-            config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        return self._engine.create_execution_context(config)
+            config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        return engine.create_execution_context(config)
 
     def _replay(self, bound: BoundContext) -> None:
         self._enqueue(bound)
@@ -386,10 +465,13 @@ TENSORRT_RUNNERS: dict[str, type[TensorRTRunner]] = {
 }
 
 
-def _check_interface(engine: Any, signature: GraphSignature) -> None:
+def _check_interface(engine: Any, signature: GraphSignature, profiles: int) -> None:
     """The engine's profiles and tensors, and which of them share memory, must be what the manifest says."""
-    if engine.num_optimization_profiles != len((PREFILL, DECODE)):
-        raise ArtifactError(f"the engine has {engine.num_optimization_profiles} profiles, expected prefill and decode")
+    if engine.num_optimization_profiles != profiles:
+        raise ArtifactError(
+            f"the engine has {engine.num_optimization_profiles} profiles, expected {profiles} (a decoder's are prefill"
+            " and decode)"
+        )
     specs = {spec.name: spec for spec in (*signature.inputs, *signature.outputs)}
     held = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
     if held != specs.keys():

@@ -1,8 +1,11 @@
 """Checkpoints and artifacts that many tests share."""
 
+import importlib.util
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -12,6 +15,7 @@ from runtimes.signature import CacheSpec, StateSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_LLAMA = ROOT / "examples" / "tiny_llama"
+TINY_VISION = ROOT / "examples" / "tiny_vision"
 # Trained models that are not part of the repository: a folder with stories260k-llama and stories15m-llama.
 SHARED_MODELS = Path(os.environ.get("EXPORT_LLM_TEST_MODELS", ROOT.parent / "shared" / "models"))
 
@@ -56,6 +60,38 @@ def tiny_artifacts(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
 def tiny_artifact(tiny_artifacts: Callable[[str], Artifact]) -> Artifact:
     """tiny_llama as fp32 ONNX."""
     return tiny_artifacts("fp32")
+
+
+@pytest.fixture(scope="session")
+def tiny_vision() -> Path:
+    """The checkpoint with eyes that ships with the project."""
+    return TINY_VISION
+
+
+@pytest.fixture(scope="session")
+def load_tasks() -> Callable[[Path], ModuleType]:
+    """Imports the tasks.py of an example's folder."""
+
+    def load(folder: Path) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(f"{folder.name}_tasks", folder / "tasks.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def tiny_vision_artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """tiny_vision as fp32 ONNX, not verified; made once per session."""
+    from exporter.pipeline import ExportRequest, export
+
+    out = tmp_path_factory.mktemp("tiny_vision") / "artifact"
+    export(ExportRequest(checkpoint=TINY_VISION, out=out, verify=False))
+    return open_artifact(out)
 
 
 @pytest.fixture(scope="session")

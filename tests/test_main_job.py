@@ -1,8 +1,6 @@
 """The main job on real, trained models: export, verify, generate; and what a user of the Python API sees."""
 
-import importlib.util
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -115,22 +113,15 @@ def test_the_graph_builds_in_tensorrt_rtx_without_a_gpu(
         assert (out / engine.file).stat().st_size > 100_000
 
 
-def _tasks(folder: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("tiny_llama_tasks", folder / "tasks.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_the_tiny_model_still_answers_right(
-    precision: str, tiny_llama: Path, tiny_artifacts: Callable[[str], Artifact]
+    precision: str,
+    tiny_llama: Path,
+    tiny_artifacts: Callable[[str], Artifact],
+    load_tasks: Callable[[Path], ModuleType],
 ) -> None:
     """Exact-match scores through ONNX Runtime, on held-out problems: at least 97 % of each task."""
-    tasks = _tasks(tiny_llama)
+    tasks = load_tasks(tiny_llama)
     artifact = tiny_artifacts(precision)
     tokenizer = Tokenizer(artifact.folder)
     stop_ids = read_stop_ids(artifact.folder)

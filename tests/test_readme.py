@@ -60,7 +60,14 @@ def test_make_demo_does_the_main_job(tmp_path: Path) -> None:
     command = ["make", "demo", f"OUT={tmp_path / 'demo'}"]
     done = subprocess.run(command, cwd=ROOT, env=_environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for expected in ("456,064", "decoder.tensorrt-rtx.engine", "parity passed on onnxruntime", "85", "tenalp"):
+    for expected in (
+        "456,064",
+        "decoder.tensorrt-rtx.engine",
+        "parity passed on onnxruntime",
+        "85",
+        "tenalp",
+        "bottom right",
+    ):
         assert expected in done.stdout, done.stdout
 
 

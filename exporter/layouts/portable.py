@@ -6,6 +6,7 @@ because one of them drops or refuses it: is_causal, nonpad_kv_seqlen, past/prese
 
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from onnxscript import values
 from torch import Tensor, nn
@@ -14,11 +15,14 @@ from exporter.layouts.layout import Layout, Lowering
 from graphs.config import DecoderConfig
 from graphs.state import LayerState
 from graphs.transformer import TransformerDecoder
-from runtimes.signature import CacheSpec, DimRange, GraphSignature, TensorSpec
+from graphs.vision import VisionEncoder
+from runtimes.signature import CacheSpec, DimRange, GraphSignature, TensorSpec, VisionSpec
 
 OPSET = 24
 IR_VERSION = 12  # ONNX 1.19, which introduced opset 24
 _FLOAT = 1  # onnx.TensorProto.FLOAT
+# TensorRT-RTX's compiler may fail on the Attention operator in 16 bits, with heads whose width is no multiple of this.
+TENSORRT_HEAD_MULTIPLE = 8
 op = values.Opset("", OPSET)  # onnxscript's own typed opsets end at 23
 
 
@@ -27,7 +31,7 @@ class PortableDecoder(nn.Module):
 
     def __init__(self, decoder: TransformerDecoder) -> None:
         super().__init__()
-        self.decoder = decoder
+        self.wrapped = decoder
 
     def forward(
         self,
@@ -38,14 +42,66 @@ class PortableDecoder(nn.Module):
         logit_indices: Tensor,
         past_key_values: list[LayerState],
     ) -> tuple[Tensor, list[LayerState]]:
-        return self.decoder.step(input_ids, position_ids, write_indices, attention_mask, logit_indices, past_key_values)
+        return self.wrapped.step(input_ids, position_ids, write_indices, attention_mask, logit_indices, past_key_values)
 
 
-def signature(config: DecoderConfig, cache: CacheSpec, max_batch: int) -> GraphSignature:
-    """The layout's inputs and outputs for one model."""
+class PortableVisionDecoder(nn.Module):
+    """The same with what cross-attention layers read."""
 
-    def spec(name: str, *shape: int | str, dtype: str = "int64") -> TensorSpec:
-        return TensorSpec(name=name, dtype=dtype, shape=shape)
+    def __init__(self, decoder: TransformerDecoder) -> None:
+        super().__init__()
+        self.wrapped = decoder
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        write_indices: Tensor,
+        attention_mask: Tensor,
+        logit_indices: Tensor,
+        cross_attention_mask: Tensor,
+        past_key_values: list[LayerState],
+        cross_key_values: list[LayerState],
+    ) -> tuple[Tensor, list[LayerState]]:
+        return self.wrapped.step(
+            input_ids,
+            position_ids,
+            write_indices,
+            attention_mask,
+            logit_indices,
+            past_key_values,
+            cross_attention_mask,
+            cross_key_values,
+        )
+
+
+class PortableVisionEncoder(nn.Module):
+    """The vision encoder with the layout's inputs, in order."""
+
+    def __init__(self, encoder: VisionEncoder) -> None:
+        super().__init__()
+        self.wrapped = encoder
+
+    def forward(
+        self, pixel_values: Tensor, aspect_ratio_ids: Tensor, aspect_ratio_mask: Tensor
+    ) -> list[tuple[Tensor, Tensor]]:
+        return self.wrapped(pixel_values, aspect_ratio_ids, aspect_ratio_mask)
+
+
+def wrap(decoder: TransformerDecoder) -> nn.Module:
+    """The decoder as the signature calls it."""
+    return PortableVisionDecoder(decoder) if decoder.cross_layers else PortableDecoder(decoder)
+
+
+def spec(name: str, *shape: int | str, dtype: str = "int64") -> TensorSpec:
+    """One input or output."""
+    return TensorSpec(name=name, dtype=dtype, shape=shape)
+
+
+def signature(
+    config: DecoderConfig, cache: CacheSpec, max_batch: int, vision: VisionSpec | None = None
+) -> GraphSignature:
+    """The decoder's inputs and outputs for one model."""
 
     def state(names: list[str]) -> list[TensorSpec]:
         pairs = zip(names, cache.tensors, strict=True)
@@ -54,7 +110,7 @@ def signature(config: DecoderConfig, cache: CacheSpec, max_batch: int) -> GraphS
     past, present = cache.past_names(), cache.present_names()
     # A slot is written before it is read, so a cache may be updated in place; a sum is read after its update is made.
     in_place = [tensor.slot_axis is not None for tensor in cache.tensors]
-    limits = {"input_ids": config.vocab_size}
+    limits = {"input_ids": config.embedding_size}
     if config.position_limit is not None:
         limits["position_ids"] = config.position_limit
     length = DimRange(min=1, opt=min(128, cache.max_len), max=cache.max_len)
@@ -65,7 +121,13 @@ def signature(config: DecoderConfig, cache: CacheSpec, max_batch: int) -> GraphS
             spec("write_indices", "batch_size"),
             spec("attention_mask", "batch_size", "total_sequence_length"),
             spec("logit_indices", "batch_size", "n"),
+            *(
+                ()
+                if vision is None
+                else (spec("cross_attention_mask", "batch_size", "sequence_length", "num_images", "num_tiles"),)
+            ),
             *state(past),
+            *(() if vision is None else _cross(vision)),
         ),
         outputs=(
             spec("logits", "batch_size", "n", config.vocab_size, dtype="float32"),
@@ -76,10 +138,44 @@ def signature(config: DecoderConfig, cache: CacheSpec, max_batch: int) -> GraphS
             "sequence_length": length,
             "total_sequence_length": length,
             "n": DimRange(min=1, opt=1, max=cache.max_len),
+            **({} if vision is None else _image_dims(vision)),
         },
         aliases={new: old for new, old, aliased in zip(present, past, in_place, strict=True) if aliased},
         limits=limits,
     )
+
+
+def encoder_signature(config: DecoderConfig, vision: VisionSpec, max_batch: int) -> GraphSignature:
+    """The vision encoder's inputs and outputs for one model."""
+    assert config.vision is not None
+    size = config.vision.image_size
+    tiles = ("batch_size", "num_images", "num_tiles")
+    return GraphSignature(
+        inputs=(
+            spec("pixel_values", *tiles, config.vision.num_channels, size, size, dtype="float32"),
+            spec("aspect_ratio_ids", "batch_size", "num_images"),
+            spec("aspect_ratio_mask", *tiles),
+        ),
+        outputs=_cross(vision),
+        dims={"batch_size": DimRange(min=1, opt=1, max=max_batch), **_image_dims(vision)},
+        aliases={},
+        limits={"aspect_ratio_ids": config.vision.max_aspect_ratio_id + 1},
+    )
+
+
+def _cross(vision: VisionSpec) -> tuple[TensorSpec, ...]:
+    return tuple(spec(name, *vision.symbolic_shape(), dtype=vision.dtype) for name in vision.names())
+
+
+def _image_dims(vision: VisionSpec) -> dict[str, DimRange]:
+    """One image of max_tiles tiles is what is optimised for."""
+    most = vision.max_tiles
+    tokens = vision.patches_per_tile * most
+    return {
+        "num_images": DimRange(min=1, opt=1, max=vision.max_images),
+        "num_tiles": DimRange(min=1, opt=most, max=most),
+        "vision_tokens": DimRange(min=vision.patches_per_tile, opt=tokens, max=tokens * vision.max_images),
+    }
 
 
 def _rms_norm(x: Any, weight: Any, eps: float) -> Any:
@@ -107,13 +203,17 @@ def _attention(
     slopes: Any = None,
     distances: Any = None,
 ) -> Any:
-    if softcap or top_k or slopes is not None:
+    odd_heads = q.shape[3] % TENSORRT_HEAD_MULTIPLE != 0 and q.dtype != ir.DataType.FLOAT
+    if softcap or top_k or slopes is not None or odd_heads:
         return _plain_attention(q, k, v, mask, scale, softcap, top_k, slopes, distances)
     return op.Attention(q, _active(k, mask), _active(v, mask), mask, scale=scale)[0]
 
 
 def _active(cache: Any, mask: Any) -> Any:
-    """The slots that the mask speaks of."""
+    """The slots that the mask speaks of: of a cache, whose capacity is a constant; other keys are all meant."""
+    capacity = cache.shape[2]
+    if not isinstance(capacity, int) or capacity == mask.shape[3]:
+        return cache
     total = op.Shape(mask, start=3, end=4)
     return op.Slice(cache, op.Constant(value_ints=[0]), total, op.Constant(value_ints=[2]))
 
@@ -185,8 +285,10 @@ _ops = torch.ops.export_llm
 LAYOUT = Layout(
     opset=OPSET,
     ir_version=IR_VERSION,
-    wrap=PortableDecoder,
+    wrap=wrap,
     signature=signature,
+    wrap_encoder=PortableVisionEncoder,
+    encoder_signature=encoder_signature,
     lowerings={
         _ops.rms_norm.default: _rms_norm,
         _ops.rotary.default: _rotary,

@@ -50,7 +50,7 @@ def build_engine(
     gpu_archs: tuple[str, ...],
     progress: Progress,
 ) -> EngineEntry:
-    """Parse the graph, build with one profile for prefill and one for decode, and stream the engine to a file.
+    """Parse the graph, build (a decoder with one profile for prefill and one for decode), and stream it to a file.
 
     Raises:
         ExportError: the parser refuses the graph (every error is listed, with its node), it would ignore an input
@@ -116,11 +116,14 @@ def _allow_decomposition(trt: Any, network: Any) -> None:
 
 
 def _profiles(builder: Any, network: Any, signature: GraphSignature) -> list[Any]:
-    """Prefill takes every shape the signature allows; decode takes one new token per row."""
+    """The first takes every shape the signature allows; a decoder's second takes one new token per row."""
     one = DimRange(min=1, opt=1, max=1)
     specs = {spec.name: spec for spec in signature.inputs}
     profiles = []
-    for dims in (dict(signature.dims), {**signature.dims, "sequence_length": one, "n": one}):
+    ranges_of_profiles = [dict(signature.dims)]
+    if "sequence_length" in signature.dims:
+        ranges_of_profiles.append({**signature.dims, "sequence_length": one, "n": one})
+    for dims in ranges_of_profiles:
         profile = builder.create_optimization_profile()
         for index in range(network.num_inputs):
             tensor = network.get_input(index)
@@ -133,7 +136,7 @@ def _profiles(builder: Any, network: Any, signature: GraphSignature) -> list[Any
             except (RuntimeError, ValueError, TypeError) as error:
                 raise ExportError(
                     f"shapes of {tensor.name} up to {[r.max for r in ranges]} are refused ({error}): choose a smaller"
-                    " --max-batch or --max-len"
+                    " --max-batch, --max-len or --max-images"
                 ) from None
         profiles.append(profile)
     return profiles

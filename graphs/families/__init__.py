@@ -11,6 +11,7 @@ from graphs.families import (
     llama,
     mistral,
     mixtral,
+    mllama,
     phi3,
     qwen2,
     qwen3,
@@ -31,6 +32,7 @@ FAMILIES: dict[str, Family] = {
     "llama": llama.FAMILY,
     "mistral": mistral.FAMILY,
     "mixtral": mixtral.FAMILY,
+    "mllama": mllama.FAMILY,
     "phi3": phi3.FAMILY,
     "qwen2": qwen2.FAMILY,
     "qwen3": qwen3.FAMILY,
@@ -52,6 +54,8 @@ def find_family(config_json: Mapping[str, Any], tensors: Container[str] = ()) ->
             f"config.json: model_type {short(model_type)} is not supported; supported: {', '.join(sorted(FAMILIES))}"
         )
     family = FAMILIES[model_type]
+    if family.for_tensors is not None:
+        return family.for_tensors(tensors)
     if torchtune.EMBEDDING in tensors and model_type != "transformer_decoder":
         return torchtune.with_torchtune_names(model_type, family)
     return family

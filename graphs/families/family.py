@@ -1,6 +1,6 @@
 """What a model family is, and the parts of config.json and of the tensor names that nearly all of them share."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +13,20 @@ from graphs.ops import ACTIVATION_FUNCTIONS
 
 TensorNames = dict[str, TensorRef]  # {parameter name: where its numbers are in the checkpoint}
 
+# cross-attention layers: {our name: Hugging Face's, in the layer}
+CROSS_NAMES = {
+    "ca_norm.scale": "input_layernorm.weight",
+    "mlp_norm.scale": "post_attention_layernorm.weight",
+    "ca_scale.scale": "cross_attn_attn_gate",
+    "mlp_scale.scale": "cross_attn_mlp_gate",
+    "attn.q_norm.scale": "cross_attn.q_norm.weight",
+    "attn.k_norm.scale": "cross_attn.k_norm.weight",
+    "attn.q_proj.weight": "cross_attn.q_proj.weight",
+    "attn.k_proj.weight": "cross_attn.k_proj.weight",
+    "attn.v_proj.weight": "cross_attn.v_proj.weight",
+    "attn.output_proj.weight": "cross_attn.o_proj.weight",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
@@ -20,6 +34,12 @@ class Family:
 
     parse_config: Callable[[Mapping[str, Any]], DecoderConfig]
     tensor_names: Callable[[DecoderConfig], TensorNames]
+    encoder_names: Callable[[DecoderConfig], TensorNames] = lambda config: {}  # of the vision encoder's parameters
+    for_tensors: "Callable[[Container[str]], Family] | None" = None  # where a checkpoint's tensors decide on the names
+
+    def all_refs(self, config: DecoderConfig) -> set[TensorRef]:
+        """What the parameters of all graphs refer to."""
+        return {*self.tensor_names(config).values(), *self.encoder_names(config).values()}
 
     def is_ignorable(self, name: str) -> bool:
         """True for tensors that old checkpoints store but that follow from config.json."""
@@ -158,13 +178,17 @@ def read_expert_counts(keys: Keys, *, num_experts: int, num_experts_per_tok: int
     return {"num_experts": count, "num_experts_per_tok": used}
 
 
-def huggingface_names(config: DecoderConfig) -> TensorNames:
-    """Where Hugging Face keeps each parameter of a Llama-like decoder; tied parameters share one tensor."""
-    embedding = "model.embed_tokens.weight"
+def huggingface_names(config: DecoderConfig, model: str = "model", head: str = "lm_head") -> TensorNames:
+    """Where Hugging Face keeps each parameter of a Llama-like decoder; tied parameters share one tensor.
+
+    Args:
+        model, head: what the names of the decoder's and of the head's tensors begin with.
+    """
+    embedding = f"{model}.embed_tokens.weight"
     names = {
         "tok_embeddings.weight": embedding,
-        "norm.scale": "model.norm.weight",
-        "output.weight": embedding if config.tie_word_embeddings else "lm_head.weight",
+        "norm.scale": f"{model}.norm.weight",
+        "output.weight": embedding if config.tie_word_embeddings else f"{head}.weight",
     }
     per_layer = {"sa_norm.scale": "input_layernorm.weight"}
     if config.post_norms:
@@ -189,12 +213,13 @@ def huggingface_names(config: DecoderConfig) -> TensorNames:
         "mlp.w3": ("mlp.up_proj", config.mlp_bias),
     }
     for i, kind in enumerate(config.kinds):
-        of_layer = dict(per_layer)
-        for ours, (theirs, has_bias) in (linears | (dense if kind.experts is None else {})).items():
+        of_layer = dict(CROSS_NAMES if kind.attention == "cross" else per_layer)
+        of_kind = {} if kind.attention == "cross" else linears
+        for ours, (theirs, has_bias) in (of_kind | (dense if kind.experts is None else {})).items():
             of_layer[f"{ours}.weight"] = f"{theirs}.weight"
             if has_bias:
                 of_layer[f"{ours}.bias"] = f"{theirs}.bias"
-        names |= {f"layers.{i}.{ours}": f"model.layers.{i}.{theirs}" for ours, theirs in of_layer.items()}
+        names |= {f"layers.{i}.{ours}": f"{model}.layers.{i}.{theirs}" for ours, theirs in of_layer.items()}
     return {ours: TensorRef(theirs) for ours, theirs in names.items()}
 
 

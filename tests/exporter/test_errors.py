@@ -440,7 +440,7 @@ def edit_manifest(artifact: Path, change: Callable[[dict[str, Any]], object]) ->
 def test_manifest_of_another_version(refuses: Callable[..., str], x_artifact: Path) -> None:
     """The message gives both versions."""
     edit_manifest(x_artifact, lambda manifest: manifest.update(schema_version=99))
-    refuses(["inspect", x_artifact], "schema version 99, this program reads 2", "export again")
+    refuses(["inspect", x_artifact], "schema version 99, this program reads 3", "export again")
 
 
 def test_truncated_manifest(refuses: Callable[..., str], x_artifact: Path) -> None:
@@ -605,7 +605,7 @@ def test_an_unexpected_error_is_reported_as_a_bug(
     """What is nobody's mistake but ours keeps its traceback and has an exit code of its own."""
     import exporter.pipeline as pipeline
 
-    def crash(*args: object) -> None:
+    def crash(*args: object, **kwargs: object) -> None:
         raise ZeroDivisionError("nobody thought of this")
 
     monkeypatch.setattr(pipeline, "trace", crash)

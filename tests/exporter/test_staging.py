@@ -221,7 +221,10 @@ def test_remains_of_dead_processes_are_removed(tmp_path: Path, dead_pid: int) ->
 
 def test_remains_beside_a_checkpoint_are_removed(checkpoint: Path, dead_pid: int, x_snapshot: Snapshot) -> None:
     """A killed export in place leaves hidden files in the checkpoint's folder, which the next one removes."""
-    for name in ("decoder.onnx", "decoder.tensorrt-rtx.engine", "manifest.json", "parity.json"):
+    for name in (
+        *("decoder.onnx", "decoder.tensorrt-rtx.engine", "vision_encoder.onnx", "vision_encoder.tensorrt.engine"),
+        *("manifest.json", "parity.json"),
+    ):
         (checkpoint / f".{name}.partial-{dead_pid}").write_text("half")
     live = f".decoder.onnx.partial-{os.getppid()}"
     (checkpoint / live).write_text("another export, at work")

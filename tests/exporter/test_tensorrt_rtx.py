@@ -326,7 +326,7 @@ def test_an_engine_for_other_gpus_is_not_a_failed_export(
         engine_path.write_bytes(b"for another GPU")
         return EngineEntry(file=engine_path.name, graph="decoder", target=TARGET, library_version="1", gpu_archs=())
 
-    def refuse(*args: Any) -> Any:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
         raise EngineLoadError("decoder.tensorrt-rtx.engine cannot be loaded: it was made for another GPU")
 
     monkeypatch.setitem(TARGETS, TARGET, dataclasses.replace(TARGETS[TARGET], finish=finish))

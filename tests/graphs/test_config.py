@@ -183,7 +183,7 @@ def test_an_activation_may_have_two_names(names: tuple[str, str]) -> None:
 # --- model types -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "mllama", "Llama", "", None, 3, ["llama"], {"llama": 1}])
+@pytest.mark.parametrize("model_type", ["gpt2", "mllama_text_model", "Llama", "", None, 3, ["llama"], {"llama": 1}])
 def test_unknown_model_type_lists_those_supported(model_type: Any) -> None:
     with pytest.raises(CheckpointError, match=r"config\.json: model_type .* is not supported; supported: ") as caught:
         find_family({"model_type": model_type})

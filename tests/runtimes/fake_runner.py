@@ -24,6 +24,7 @@ class FakeRunner:
     def __init__(self, vocab_size: int, *, seed: int = 0, max_len: int = 16, max_batch: int = 1000) -> None:
         self.vocab_size, self.seed = vocab_size, seed
         self.cache_spec: Any = SimpleNamespace(max_len=max_len)
+        self.vision_spec = None
         self.signature: Any = SimpleNamespace(dims={"batch_size": DimRange(min=1, opt=1, max=max_batch)})
         self.cache = np.zeros((0, max_len), np.int64)
         self.steps: list[tuple[int, ...]] = []  # [B, S] of each

@@ -608,9 +608,10 @@ def _run_engine(
     for name, spec in engine.inputs.items():
         nbytes = int(np.prod(shapes[name])) * DTYPE_BYTES[spec.dtype]
         feeds[name] = np.frombuffer(device.read(addresses[name], nbytes), spec.dtype).reshape(shapes[name])
-    last = feeds["write_indices"].max() + shapes["input_ids"][1]
-    if feeds["write_indices"].min() < 0 or last > engine.get_tensor_shape("past_key_values.0.key")[2]:
-        raise UndefinedBehaviourError("tokens written outside the cache")
+    if "write_indices" in feeds:
+        last = feeds["write_indices"].max() + shapes["input_ids"][1]
+        if feeds["write_indices"].min() < 0 or last > engine.get_tensor_shape("past_key_values.0.key")[2]:
+            raise UndefinedBehaviourError("tokens written outside the cache")
     results = _session(engine.graph).run(list(engine.outputs), feeds)
     for name, result in zip(engine.outputs, results, strict=True):
         device.write(addresses[name], np.ascontiguousarray(result).tobytes())

@@ -5,7 +5,6 @@ part: shapes, profiles, addresses, order, lifetimes, CUDA graphs, errors.
 """
 
 import dataclasses
-import functools
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from runner_cases import (
     valid_feeds,
 )
 from safetensors.numpy import save_file
+from simulation import Simulate, Simulation, export_for_this_gpu
 
 from exporter.pipeline import ExportRequest, export
 from exporter.verify import verify
@@ -34,7 +34,7 @@ from graphs.checkpoint import open_checkpoint
 from graphs.families import find_family
 from graphs.loading import expected_shapes
 from runtimes import tensorrt_runner
-from runtimes.artifact import Artifact, EngineEntry, open_artifact
+from runtimes.artifact import Artifact, open_artifact
 from runtimes.beam_search import beam_search
 from runtimes.decoding import Decoding
 from runtimes.errors import ArtifactError, FeedError, RuntimeMissingError
@@ -42,61 +42,17 @@ from runtimes.generation import generate
 from runtimes.onnxruntime_runner import OnnxRuntimeRunner
 from runtimes.parity import ParityReport
 from runtimes.runner import Runner, open_runner
-from runtimes.tensorrt_api import FLAVORS, get_logger, import_tensorrt
+from runtimes.tensorrt_api import FLAVORS
 from runtimes.tensorrt_runner import TENSORRT_RUNNERS, TensorRTRunner
 
 TARGETS = list(FLAVORS)
 ATOL = 1e-4  # logits are around 10; the same graph and kernels, over more masked slots
 
 
-@dataclasses.dataclass
-class Simulation:
-    """A simulated GPU, the two libraries on it, and an artifact with an engine for each."""
-
-    device: sim.Device
-    libraries: dict[str, sim.Library]
-    artifact: Artifact
-
-    def engine_file(self, target: str = "tensorrt") -> Path:
-        return self.artifact.path(self.artifact.manifest.engines[target].file)
-
-    def count(self, kind: str) -> int:
-        """How often work of that kind ran."""
-        return sum(kind in line for line in self.device.log)
-
-
 @pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> sim.Device:
-    """A simulated GPU behind cuda.bindings."""
-    device = sim.Device()
-    bindings = ModuleType("cuda.bindings")
-    bindings.runtime = device.module()
-    monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
-    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
-    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", bindings.runtime)
-    monkeypatch.setattr(tensorrt_runner, "cuda_device_count", lambda: 1)
-    return device
-
-
-@pytest.fixture
-def simulation(
-    device: sim.Device, tiny_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Simulation:
+def simulation(simulate: Simulate, tiny_artifact: Artifact) -> Simulation:
     """The device with both libraries and an artifact for them."""
-    libraries = {target: sim.Library(device, rtx=target == "tensorrt-rtx") for target in TARGETS}
-    graph = tiny_artifact.manifest.graphs["decoder"]
-    engines = {}
-    for target, library in libraries.items():
-        monkeypatch.setitem(sys.modules, FLAVORS[target].module, library.module())
-        file = f"decoder.{target}.engine"
-        engines[target] = EngineEntry(
-            file=file, graph="decoder", target=target, library_version="0.0.simulated", gpu_archs=()
-        )
-        sim.write_engine(tmp_path / file, tiny_artifact.path(graph.file), graph.signature)
-    # The real loggers stay as they are: a library listens only to the first that it was given in a process.
-    monkeypatch.setattr(tensorrt_runner, "get_logger", functools.cache(get_logger.__wrapped__))
-    manifest = dataclasses.replace(tiny_artifact.manifest, engines=engines)
-    return Simulation(device=device, libraries=libraries, artifact=Artifact(folder=tmp_path, manifest=manifest))
+    return simulate(tiny_artifact)
 
 
 @pytest.fixture
@@ -701,27 +657,7 @@ def test_a_fault_on_the_device_does_not_hide_in_close(simulation: Simulation) ->
 
 @pytest.fixture(scope="module")
 def gpu_artifact(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    """tiny_llama with an engine for this machine, from TensorRT where it is installed, else from TensorRT-RTX."""
-    pytest.importorskip("cuda.bindings.runtime", reason="needs cuda-bindings")
-    installed = [target for target in TARGETS if _installed(target)]
-    if not installed:
-        pytest.skip("needs the tensorrt or the tensorrt_rtx library")
-    out = tmp_path_factory.mktemp("gpu") / "artifact"
-    export(ExportRequest(checkpoint=tiny_llama, out=out, targets=(installed[0],), verify=False))
-    artifact = open_artifact(out)
-    try:
-        open_runner(artifact, installed[0]).close()
-    except ArtifactError as error:
-        pytest.skip(f"{installed[0]} does not run on this GPU: {error}")
-    return artifact
-
-
-def _installed(target: str) -> bool:
-    try:
-        import_tensorrt(target)
-    except RuntimeMissingError:
-        return False
-    return True
+    return export_for_this_gpu(tiny_llama, tmp_path_factory.mktemp("gpu") / "artifact")
 
 
 def _on_gpu(artifact: Artifact, **options: Any) -> Runner:

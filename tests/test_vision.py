@@ -417,6 +417,12 @@ def test_16_bits_and_engines(pair: Pair, precision: str, tmp_path: Path) -> None
     result = export(request)
     assert result.parity is not None
     assert result.parity.passed, [rung for report in result.parity.reports for rung in report.rungs if not rung.passed]
+    tiles, patches = pair.theirs.config.vision_config.max_num_tiles, pair.decoder.num_patches
+    for graph in result.manifest.graphs.values():  # the engines' profiles are these ranges
+        ranges = {name: (sizes.min, sizes.max) for name, sizes in graph.signature.dims.items()}
+        assert ranges["num_images"] == (1, 3)
+        assert ranges["num_tiles"] == (1, tiles)
+        assert ranges["vision_tokens"] == (patches, 3 * tiles * patches)
     for engine in ("tensorrt-rtx", "tensorrt-rtx/vision_encoder"):
         assert (tmp_path / "out" / result.manifest.engines[engine].file).stat().st_size > 10_000
 

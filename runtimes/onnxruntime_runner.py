@@ -10,7 +10,7 @@ from runtimes.artifact import Artifact
 from runtimes.cuda import cuda_device_count
 from runtimes.errors import FeedError, RuntimeMissingError
 from runtimes.runner import Feeds
-from runtimes.signature import CacheSpec, GraphSignature, StateSpec, VisionPart
+from runtimes.signature import CacheSpec, GraphSignature, StateSpec, VisionPart, VisionSpec
 from runtimes.step_checks import HeldImages, check_images, check_reset, check_rows, check_step, require_vision
 
 # device: the execution provider that must be there
@@ -170,12 +170,17 @@ class OnnxRuntimeRunner:
             self._show([self._upload(nothing, self.vision_spec.dtype) for _ in self.vision_spec.names()])
 
     def encode_images(self, feeds: Feeds) -> None:
-        """See Runner.encode_images."""
+        """See Runner.encode_images. On the CPU, picture by picture: attention holds the scores of all at once."""
         self._open_session()
         vision = require_vision(self._vision)
         count, tiles = check_images(feeds, vision.signature, self._batch_size)
         if self._encoder is None:
             self._encoder = self._load(vision.path)
+        if self.device == "cpu":
+            images = self._encode_one_by_one(feeds, vision.spec, count, tiles)
+            self._held = HeldImages(spec=vision.spec, count=count, tiles=tiles)
+            self._show(images)
+            return
         binding = self._encoder.io_binding()
         for name, array in feeds.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(array))
@@ -184,6 +189,24 @@ class OnnxRuntimeRunner:
         self._encoder.run_with_iobinding(binding)
         self._held = HeldImages(spec=vision.spec, count=count, tiles=tiles)
         self._show(binding.get_outputs())
+
+    def _encode_one_by_one(self, feeds: Feeds, spec: VisionSpec, count: int, tiles: int) -> list[Any]:
+        """Keys and values of every row's pictures; padding pictures are all the same and are encoded once."""
+        shape, dtype = spec.array_shape(self._batch_size, count, tiles), _NUMPY[self._dtype(spec.dtype)]
+        arrays = [np.empty(shape, dtype) for _ in spec.names()]
+        size, padding = tiles * spec.patches_per_tile, None
+        for row, image in np.ndindex(self._batch_size, count):
+            one = {name: np.ascontiguousarray(array[row : row + 1, image : image + 1]) for name, array in feeds.items()}
+            is_padding = not one["aspect_ratio_ids"].any() and not one["pixel_values"].any()
+            is_padding &= int(one["aspect_ratio_mask"].sum()) == int(one["aspect_ratio_mask"][0, 0, 0]) == 1
+            made = padding if is_padding else None
+            if made is None:
+                made = self._encoder.run(spec.names(), one)
+            if is_padding:
+                padding = made
+            for array, part in zip(arrays, made, strict=True):
+                array[row, :, image * size : (image + 1) * size] = part[0]
+        return [self._upload(array, spec.dtype) for array in arrays]
 
     def _show(self, images: list[Any]) -> None:
         """Let the decoder read these keys and values."""

@@ -214,7 +214,6 @@ def _make_images(encoder: GraphSignature, lengths: Sequence[int], rng: np.random
     """
     most = encoder.dims["num_images"].max
     counts = [min(count, most) for count in IMAGE_COUNTS[: len(lengths)]]
-    tiles = encoder.dims["num_tiles"].max
     pixels, ids, mask = _make_pictures(encoder, counts, rng)
     sight = np.full((len(lengths), max(lengths), *mask.shape[1:]), -1, np.int64)
     for row, count in enumerate(counts):
@@ -223,7 +222,6 @@ def _make_images(encoder: GraphSignature, lengths: Sequence[int], rng: np.random
         for image, first in enumerate(np.linspace(start, lengths[row], count, endpoint=False, dtype=np.int64)):
             sight[row, first:, :image] = 0
             sight[row, first:, image] = mask[row, image]
-    assert sight.shape[-1] == tiles
     return ImageBatch(pixel_values=pixels, aspect_ratio_ids=ids, aspect_ratio_mask=mask, cross_attention_mask=sight)
 
 

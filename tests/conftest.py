@@ -9,6 +9,10 @@ from types import ModuleType
 
 import pytest
 
+# Before torch is imported, and for the processes that tests start: models here are so small that a second thread only
+# waits, and waits long where other processes want the same cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from runtimes.artifact import Artifact, open_artifact
 from runtimes.cuda import cuda_device_count
 from runtimes.signature import CacheSpec, StateSpec

@@ -1,6 +1,7 @@
 """Reading a Hugging Face checkpoint folder: config.json and safetensors, memory-mapped, checked before any use.
 
-Nothing is ever unpickled. Opening reads headers only; `load_tensor` maps one tensor's bytes.
+Nothing is ever unpickled. Opening reads headers only; `load_tensor` maps one tensor's bytes. Tensors that are stored in
+another way than as plain numbers (quantized ones) are PackedTensors; graphs/formats/ has a reader for each way.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from graphs.errors import CheckpointError
 from graphs.keys import read_json
+from graphs.quantization import QuantizedTensor, WeightFormat
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -72,40 +74,104 @@ class TensorRef(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PackedTensor:
+    """A tensor that is stored in another way than as its numbers, one after the other."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str  # how it is stored, in words: "GPTQ, 4 bits, blocks of 128", "GGUF Q4_1", ..
+    nbytes: int
+    # What it can be taken over as, number for number, for the stored zero points; None: as floats only (`reason`).
+    format: WeightFormat | None
+    asymmetric: bool = False  # it has zero points other than 0
+    negative_scales: bool = False  # its scales may be below 0
+    floats: bool = False  # its numbers are plain floats of `dtype`, in another order: nothing was rounded
+    reason: str = ""  # why no format expresses it: "its blocks have a minimum as well as a scale"
+    dtype: str = "F32"  # safetensors' name of a float dtype that holds its numbers, or comes nearest
+    read: Callable[[], QuantizedTensor] | None = None  # where there is a format
+    numbers: Callable[[torch.dtype], Tensor] | None = None  # where there is none: computed in that dtype
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Its numbers, each computed in `dtype`."""
+        if self.read is not None:
+            return self.read().dequantize(dtype)
+        assert self.numbers is not None
+        return self.numbers(dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """An opened checkpoint: its config.json and where each tensor lies."""
 
-    folder: Path
+    folder: Path  # or the file, of a format that has all in one
     config: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]
+    packed: Mapping[str, PackedTensor] = dataclasses.field(default_factory=dict)
+
+    @property
+    def all_tensors(self) -> "dict[str, StoredTensor | PackedTensor]":
+        """Plain and packed ones."""
+        return {**self.tensors, **self.packed}
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """{name: shape} of all tensors."""
+        return {name: tensor.shape for name, tensor in self.all_tensors.items()}
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        return sum(tensor.nbytes for tensor in self.all_tensors.values())
+
+    def find_packed(self, ref: "TensorRef") -> PackedTensor | None:
+        """The packed tensor that holds what `ref` refers to; None where plain numbers do."""
+        return self.packed.get(ref.label) or self.packed.get(ref.name)
+
+    def quantized(self, ref: "TensorRef") -> QuantizedTensor | None:
+        """What `ref` refers to as codes and scales; None where it has none."""
+        packed = self.find_packed(ref)
+        if packed is None or packed.read is None:
+            return None
+        tensor = packed.read()
+        return tensor if ref.rows is None or packed.name == ref.label else tensor.rows(*ref.rows)
+
+    def load(self, ref: "TensorRef", dtype: torch.dtype | None = None) -> Tensor:
+        """The numbers that `ref` refers to: plain ones in their stored dtype, mapped; packed ones computed in `dtype`
+        (float32 if it is None)."""
+        packed = self.find_packed(ref)
+        if packed is None:
+            part = self.tensors.get(ref.label)
+            return load_tensor(ref.slice(self.tensors[ref.name]) if part is None else part)
+        numbers = packed.dequantize(dtype or torch.float32)
+        return numbers if ref.rows is None or packed.name == ref.label else numbers[slice(*ref.rows)]
 
     @property
     def dtype(self) -> str:
         """The float dtype most of the bytes have: F32, F16 or BF16."""
         sizes = dict.fromkeys(FLOAT_DTYPES, 0)
-        for tensor in self.tensors.values():
+        for tensor in self.all_tensors.values():
             if tensor.dtype in sizes:
-                sizes[tensor.dtype] += tensor.nbytes
+                sizes[tensor.dtype] += math.prod(tensor.shape) * FLOAT_DTYPES[tensor.dtype][1]
         return max(sizes, key=lambda dtype: sizes[dtype])
 
     def parameter_count(self, names: Iterable[str]) -> int:
         """Elements in the named tensors, each counted once."""
-        return sum(math.prod(self.tensors[name].shape) for name in set(names))
+        shapes = self.shapes
+        return sum(math.prod(shapes[name]) for name in set(names))
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Open a checkpoint folder and read its safetensors headers.
+    """Open a checkpoint folder, or a GGUF file, and read its headers.
 
     Raises:
         CheckpointError: it is absent or no checkpoint, or a file is missing, truncated or inconsistent.
     """
+    from graphs import formats  # its readers need this module
+
     if not folder.exists():
         raise CheckpointError(f"{folder} does not exist: pass the folder that holds config.json and model.safetensors")
+    if folder.suffix == ".gguf":
+        return formats.open_gguf(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is a file: pass the folder that holds config.json and model.safetensors")
     if not (folder / "config.json").exists():
@@ -129,7 +195,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         pickled = sorted(path.name for suffix in ("*.bin", "*.pth", "*.pt") for path in folder.glob(suffix))
         hint = f" ({_some(pickled)} would have to be unpickled, which is never done: convert it to safetensors)"
         raise CheckpointError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}" + (hint if pickled else ""))
-    return Checkpoint(folder=folder, config=config, tensors=tensors)
+    return formats.unpack(Checkpoint(folder=folder, config=config, tensors=tensors))
 
 
 def _read_index(folder: Path) -> dict[str, str]:
@@ -202,20 +268,26 @@ def check_tensors(
         ignorable: says of a tensor's name that it may be there and is not used.
         duplicates: {name: original} of tensors that may be there if they hold what their original holds (tied heads).
     """
-    found = checkpoint.tensors
-    problems = [f"missing: {name} {list(shape)}" for name, shape in sorted(expected.items()) if name not in found]
+    found, shapes = checkpoint.tensors, checkpoint.shapes
+    parts = {name.partition("[")[0] for name in shapes}  # "name[rows]" is a part of `name`
+    problems = [
+        f"missing: {name} {list(shape)}"
+        for name, shape in sorted(expected.items())
+        if name not in shapes and name not in parts
+    ]
     problems += [
-        f"unexpected: {name} {list(found[name].shape)}"
-        for name in sorted(found.keys() - expected.keys())
-        if not ignorable(name) and name not in duplicates
+        f"unexpected: {name} {list(shapes[name])}"
+        for name in sorted(shapes.keys() - expected.keys())
+        if name.partition("[")[0] not in expected
+        and not ignorable(name)
+        and name not in duplicates
+        and not _is_empty_bias(checkpoint, name)
     ]
     for name, shape in sorted(expected.items()):
+        if name in shapes and shapes[name] != shape:
+            problems.append(f"wrong shape: {name} is {list(shapes[name])}, expected {list(shape)}")
         tensor = found.get(name)
-        if tensor is None:
-            continue
-        if tensor.shape != shape:
-            problems.append(f"wrong shape: {name} is {list(tensor.shape)}, expected {list(shape)}")
-        if tensor.dtype not in FLOAT_DTYPES:
+        if tensor is not None and tensor.dtype not in FLOAT_DTYPES:
             problems.append(f"wrong dtype: {name} is {tensor.dtype}, expected one of {', '.join(FLOAT_DTYPES)}")
     for name, original in sorted(duplicates.items()):
         if name in found and original in found and not _same_values(found[name], found[original]):
@@ -230,6 +302,20 @@ def check_tensors(
         raise CheckpointError(
             f"{checkpoint.folder} does not hold the tensors that its config.json describes:\n  {lines}"
         )
+
+
+def _is_empty_bias(checkpoint: Checkpoint, name: str) -> bool:
+    """True for a bias of zeros beside a quantized weight: some quantizers write one for layers that have none."""
+    weight = name.removesuffix(".bias") + ".weight"
+    stored = checkpoint.tensors.get(name)
+    if (
+        not name.endswith(".bias")
+        or weight not in checkpoint.packed
+        or stored is None
+        or stored.dtype not in FLOAT_DTYPES
+    ):
+        return False
+    return not load_tensor(stored).any()
 
 
 def _same_values(first: StoredTensor, second: StoredTensor) -> bool:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from graphs.build import build_decoder, build_vision_encoder
-from graphs.checkpoint import Checkpoint, check_tensors, load_tensor
+from graphs.checkpoint import Checkpoint, check_tensors
 from graphs.config import DecoderConfig
 from graphs.families import Family
 from graphs.families.family import TensorNames
@@ -17,7 +17,7 @@ from graphs.vision import VisionEncoder
 def expected_shapes(family: Family, config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """{checkpoint tensor name: shape} for every tensor that the checkpoint must hold."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for module, names in _names(family, config, *build_on_meta(config)):
+    for module, names in named_models(family, config, *build_on_meta(config)):
         parameters = dict(module.named_parameters(remove_duplicate=False))
         for ours, ref in names.items():
             shape = tuple(parameters[ours].shape)
@@ -33,7 +33,7 @@ def build_on_meta(config: DecoderConfig) -> tuple[TransformerDecoder, VisionEnco
         return build_decoder(config), None if config.vision is None else build_vision_encoder(config)
 
 
-def _names(
+def named_models(
     family: Family, config: DecoderConfig, decoder: TransformerDecoder, encoder: VisionEncoder | None
 ) -> list[tuple[nn.Module, TensorNames]]:
     """Each module, with where its parameters are."""
@@ -47,7 +47,8 @@ def check_weights(family: Family, config: DecoderConfig, checkpoint: Checkpoint)
 
 
 def load_decoder(family: Family, config: DecoderConfig, checkpoint: Checkpoint) -> TransformerDecoder:
-    """The decoder with the checkpoint's tensors, memory-mapped, in the dtypes they are stored in.
+    """The decoder with the checkpoint's tensors, memory-mapped, in the dtypes they are stored in; quantized ones in
+    float32, in memory.
 
     Raises:
         CheckpointError: tensors are missing, unexpected, or of the wrong shape or dtype; all of them are listed.
@@ -61,9 +62,8 @@ def load_model(
     """The decoder, and the vision encoder if there is one; as load_decoder."""
     check_weights(family, config, checkpoint)
     model = build_on_meta(config)
-    for module, names in _names(family, config, *model):
-        refs = sorted(set(names.values()), key=str)
-        loaded = {ref: load_tensor(ref.slice(checkpoint.tensors[ref.name])) for ref in refs}
+    for module, names in named_models(family, config, *model):
+        loaded = {ref: checkpoint.load(ref) for ref in sorted(set(names.values()), key=str)}
         materialise(module, {ours: loaded[ref] for ours, ref in names.items()})
     return model
 

@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from runtimes.beam_search import BeamSearch
     from runtimes.generation import Generation
     from runtimes.parity import ParitySummary
+    from runtimes.quality import QualityReport
     from runtimes.runner import Runner
 
 EXIT_PARITY_FAILED = 1
@@ -56,7 +58,17 @@ def cli() -> None:
     help="onnx (always made), tensorrt-rtx, tensorrt; may be repeated.",
 )
 @click.option("--layout", default="portable", show_default=True, help="How the ONNX graph carries its cache.")
-@click.option("--precision", help="fp32, fp16 or bf16.  [default: as the checkpoint is stored]")
+@click.option(
+    "--precision",
+    help="fp32, fp16, bf16, int8, int4, fp8 or nvfp4; also such as int4:block=64,lm_head=int8,embed=fp16."
+    "  [default: as the checkpoint is stored]",
+)
+@click.option("--quantizer", default="rtn", show_default=True, help="rtn, mse, gptq or awq.")
+@click.option(
+    "--calibration", type=FOLDER, help="Text for gptq and awq to be calibrated on.  [default: sampled from the model]"
+)
+@click.option("--eval-text", type=FOLDER, help="Text to measure the quality on.  [default: sampled from the model]")
+@click.option("--requantize", is_flag=True, help="Allow weights that are quantized already to be rounded again.")
 @click.option(
     "--max-len",
     type=int,
@@ -76,7 +88,7 @@ def cli() -> None:
 @_json_option
 @_quiet_option
 def export(checkpoint: Path, out: Path, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Export CHECKPOINT (a Hugging Face folder with safetensors) to an artifact folder."""
+    """Export CHECKPOINT (a Hugging Face folder with safetensors, or a GGUF file) to an artifact folder."""
     from exporter.pipeline import ExportRequest
     from exporter.pipeline import export as run_export
 
@@ -119,7 +131,12 @@ def verify(
         if runtime == "onnxruntime":
             graph = opened.manifest.graphs["decoder"]
             targets = onnx_targets(
-                opened.path(graph.file), graph.signature, opened.manifest.cache, device, opened.vision_part()
+                opened.path(graph.file),
+                graph.signature,
+                opened.manifest.cache,
+                device,
+                opened.vision_part(),
+                quantized=opened.manifest.quantization is not None,
             )
         else:
             targets = {runtime: lambda: _open_runner(opened, runtime, device)}
@@ -259,6 +276,37 @@ def _check_options(
 
 
 @cli.command()
+@click.argument("artifacts", metavar="ARTIFACT...", type=FOLDER, nargs=-1, required=True)
+@click.option("-o", "--out", type=FOLDER, help="Picture of quality against bytes per weight to write, such as c.png.")
+@_json_option
+def compare(artifacts: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
+    """Put the quality of artifacts of one model side by side: what precision and quantizer cost."""
+    from exporter.compare import compare_artifacts, draw
+
+    compared = compare_artifacts(artifacts)
+    if out is not None:
+        draw(compared, out)
+    if as_json:
+        _print_json([each.to_dict() for each in compared])
+        return
+    tasks = list(dict.fromkeys(task for each in compared if each.quality for task in each.quality.tasks))
+    columns = ("artifact", "precision", "quantizer", "weights", "bytes each", "mean KL", "99.9 % KL", "same best")
+    table = _table(*columns, "perplexity", *tasks, "parity")
+    for each in compared:
+        row = [each.name, each.precision, each.quantizer, f"{each.weight_bytes / 1e6:,.1f} MB"]
+        row.append("" if each.bytes_per_weight is None else f"{each.bytes_per_weight:.3f}")
+        if (quality := each.quality) is None:
+            row += ["nothing was rounded", *[""] * (3 + len(tasks))]
+        else:
+            row += [f"{quality.kl_mean:.3g}", f"{quality.kl_p999:.3g}", f"{100 * quality.top1_agreement:.1f} %"]
+            row.append(f"{quality.perplexity_stored:.4g} ({quality.perplexity_difference:+.2g})")
+            scores = (quality.tasks.get(task) for task in tasks)
+            row += ["" if score is None else f"{100 * score.stored:.1f} %" for score in scores]
+        table.add_row(*row, "passed" if each.passed else "FAILED")
+    _print_table(table)
+
+
+@cli.command()
 @click.argument("path", metavar="[CHECKPOINT_OR_ARTIFACT]", type=FOLDER, required=False)
 @_json_option
 def inspect(path: Path | None, as_json: bool) -> None:
@@ -376,6 +424,7 @@ def _summary(manifest: "Manifest", parity: Any) -> dict[str, Any]:
         "layout": manifest.layout,
         "precision": manifest.precision,
         "max_len": manifest.cache.max_len,
+        "quantization": manifest.quantization,
         "max_batch": manifest.max_batch,
         "cache_bytes_per_token": manifest.cache.bytes_per_token,
         **_vision_summary(manifest),
@@ -425,6 +474,7 @@ def _print_manifest(manifest: "Manifest", title: str) -> None:
     facts: dict[str, Any] = {
         "model": f"{manifest.config['model_type']}, {manifest.config['num_hidden_layers']} layers",
         "layout": f"{manifest.layout}, {manifest.precision}",
+        **({} if manifest.quantization is None else {"weights": _weights_line(manifest.quantization)}),
         "cache": f"{cache.max_len} tokens, {manifest.max_batch} rows at most, {cache.bytes_per_token:,} bytes a token",
     }
     if manifest.vision is not None:
@@ -437,6 +487,11 @@ def _print_manifest(manifest: "Manifest", title: str) -> None:
     verdict = "not run" if manifest.parity is None else "passed" if manifest.parity["passed"] else "FAILED"
     facts["parity"] = verdict
     _print_facts(facts, title)
+
+
+def _weights_line(quantization: Mapping[str, Any]) -> str:
+    formats = ", ".join(f"{count} {name}" for name, count in quantization["formats"].items())
+    return f"{formats}; {quantization['bytes_per_weight']:.3f} bytes a weight; quantizer {quantization['quantizer']}"
 
 
 def _print_known(as_json: bool) -> None:
@@ -472,8 +527,29 @@ def _print_parity(summary: "ParitySummary") -> None:
         _print_table(table)
         click.echo(f"reference: {report.reference}")
         click.echo(f"parity {'passed' if report.passed else 'FAILED'} on {report.runtime}")
+    if summary.quality is not None:
+        click.echo()
+        _print_quality(summary.quality)
     for runtime, reason in summary.not_run.items():
         click.echo(f"not verified on {runtime}: {reason}")
+
+
+def _print_quality(quality: "QualityReport") -> None:
+    facts = {
+        "KL divergence, mean": f"{quality.kl_mean:.3g}",
+        "KL divergence, 99.9th percentile": f"{quality.kl_p999:.3g}",
+        "same best token": f"{100 * quality.top1_agreement:.1f} %",
+        "perplexity": f"{quality.perplexity_stored:.4g}, of the original weights {quality.perplexity_original:.4g}"
+        f" ({quality.perplexity_difference:+.3g})",
+        "bytes per weight": f"{quality.bytes_per_weight:.3f}",
+    }
+    for name, task in quality.tasks.items():
+        before = f"of the original weights {100 * task.original:.1f} %"
+        facts[f"task {name}"] = f"{100 * task.stored:.1f} % of {task.problems} problems, {before}"
+    layers = ", ".join(f"{each.layer} {each.error:.2g}" for each in quality.worst_layers)
+    facts["largest errors"] = layers
+    title = f"quality of the stored weights, on {quality.tokens} tokens {quality.text}"
+    _print_facts(facts, title)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 
 from exporter.capture import build_on_meta
 from exporter.layouts import LAYOUTS
-from exporter.precision import PRECISIONS, cache_spec, vision_spec
+from exporter.precision import FLOAT_TYPES, PRECISIONS, cache_spec, vision_spec
 from exporter.targets import TARGETS
 from graphs.attention import ATTENTION
 from graphs.checkpoint import open_checkpoint
@@ -34,11 +34,14 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
         "model_type": checkpoint.config.get("model_type"),
         "dtype": checkpoint.dtype,
         "weight_bytes": checkpoint.nbytes,
-        "files": len({tensor.path for tensor in checkpoint.tensors.values()}),
+        "files": len({tensor.path for tensor in checkpoint.tensors.values()}) or 1,
     }
+    if checkpoint.packed:
+        kinds = Counter(tensor.kind for tensor in checkpoint.packed.values())
+        facts["stored_as"] = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
     refused = []
     try:
-        family = find_family(checkpoint.config, checkpoint.tensors)
+        family = find_family(checkpoint.config, checkpoint.shapes)
         config = family.parse_config(checkpoint.config)
     except CheckpointError as error:
         return facts | {"refused": [str(error)]}
@@ -72,10 +75,10 @@ def _config_facts(config: DecoderConfig) -> dict[str, Any]:
     if config.vision is not None:
         facts |= _vision_facts(config.vision)
     decoder = build_on_meta(config, torch.float32)
-    for precision in PRECISIONS.values():
-        cache = cache_spec(decoder, 1, precision)
+    for precision in FLOAT_TYPES.values():
+        cache = cache_spec(decoder, 1, precision.dtype)
         facts[f"cache_bytes_per_token_{precision.name}"] = cache.bytes_per_token
-        if (vision := vision_spec(config, precision, 1)) is not None:
+        if (vision := vision_spec(config, precision.dtype, 1)) is not None:
             facts[f"bytes_per_image_{precision.name}"] = vision.bytes_per_image
         if cache.bytes_per_row:
             facts[f"state_bytes_per_row_{precision.name}"] = cache.bytes_per_row

@@ -4,31 +4,39 @@ import dataclasses
 import functools
 import importlib.metadata
 import platform
-from collections.abc import Callable, Mapping
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
 import torch
 
+from exporter.assess import assess, bytes_per_weight
 from exporter.capture import build_encoder_on_meta, build_on_meta, capture, capture_encoder
 from exporter.config_json import config_as_json
 from exporter.errors import ExportError
 from exporter.layouts import LAYOUTS
 from exporter.layouts.layout import Layout
 from exporter.lowering import lower
-from exporter.precision import cache_spec, find_precision, vision_spec
+from exporter.passes.quantize_weights import quantize_weights
+from exporter.precision import cache_spec, vision_spec
 from exporter.progress import Progress, Quiet
+from exporter.quantize import DEFAULT_QUANTIZER, calibrate_source, check_quantizer, plan_source
+from exporter.source import COPIED_FILES, Source, read_source, small_files
 from exporter.staging import Staging, check_destination, stage
 from exporter.targets import TARGETS
 from exporter.verify import onnx_targets, verify, verify_all
-from exporter.weights import attach_weights, copy_file, plan_weights, require_space, write_weights
-from graphs.checkpoint import INDEX_FILE, Checkpoint, open_checkpoint
+from exporter.weight_check import check_stored_weights
+from exporter.weight_choice import refuse_for_engines
+from exporter.weights import WeightPlan, attach_weights, copy_file, require_space, write_weights
+from graphs.checkpoint import INDEX_FILE, open_checkpoint
 from graphs.config import DecoderConfig
-from graphs.families import find_family
 from graphs.families.family import TensorNames
-from graphs.loading import check_weights
 from graphs.transformer import TransformerDecoder
 from graphs.vision import VisionEncoder
 from runtimes.artifact import (
@@ -44,7 +52,7 @@ from runtimes.artifact import (
 from runtimes.errors import ArtifactError
 from runtimes.images import ImageProcessor
 from runtimes.onnxruntime_runner import import_onnxruntime
-from runtimes.parity import ParityReport, ParitySummary
+from runtimes.parity import ParityReport, ParitySummary, Rung
 from runtimes.runner import Runner
 from runtimes.signature import CacheSpec, GraphSignature, VisionPart, VisionSpec
 from runtimes.tensorrt_runner import TENSORRT_RUNNERS
@@ -56,19 +64,6 @@ MAX_LEN_LIMIT = 2**31 - 1
 MAX_BATCH_LIMIT = 65536
 MAX_IMAGES_LIMIT = 4096
 WEIGHT_MODES = ("copy", "reference")
-# Files of a checkpoint that clients of the artifact need, and that are taken over as they are.
-COPIED_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.json",
-    "chat_template.jinja",
-    "preprocessor_config.json",
-    "processor_config.json",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +75,10 @@ class ExportRequest:
     targets: tuple[str, ...] = ("onnx",)
     layout: str = "portable"
     precision: str | None = None  # None: as the checkpoint is stored
+    quantizer: str = DEFAULT_QUANTIZER  # of weights that are quantized
+    calibration: Path | None = None  # text for quantizers that need some; None: sampled from the model
+    eval_text: Path | None = None  # that the quality of rounded weights is measured on; None: sampled from the model
+    requantize: bool = False  # weights that are quantized already may be rounded again
     max_len: int | None = None  # None: max_position_embeddings, at most DEFAULT_MAX_LEN
     max_batch: int = DEFAULT_MAX_BATCH
     max_images: int | None = None  # of a prompt, for models that see; None: DEFAULT_MAX_IMAGES
@@ -111,19 +110,47 @@ def export(request: ExportRequest, progress: Progress | None = None) -> ExportRe
     in_place = request.weights == "reference"
     check_request(request)
     check_destination(request.out, request.checkpoint, reference=in_place, force=request.force)
-    checkpoint = open_checkpoint(request.checkpoint)
-    family = find_family(checkpoint.config, checkpoint.tensors)
-    config = family.parse_config(checkpoint.config)
-    check_weights(family, config, checkpoint)
-    precision = find_precision(request.precision, checkpoint.dtype)
+    source = read_source(request.checkpoint, request.precision, requantize=request.requantize)
+    check_source(request, source)
+    config, precision = source.config, source.precision
     max_len, warnings = choose_max_len(request.max_len, config)
     warnings += check_preprocessor(request.checkpoint, config)
+    decoder = build_on_meta(config, getattr(torch, precision.dtype))
+    cache = cache_spec(decoder, max_len, precision.dtype)
+    vision = vision_spec(config, precision.dtype, choose_max_images(request.max_images, config))
+    work = request.out.parent / f".{request.out.name}.calibration"
+    with kept_on_error(work):
+        calibration = calibrate_source(source, request.quantizer, request.calibration, work, progress)
+        plan = plan_source(source, request.weights, request.quantizer, calibration)
+        manifest, parity = _write(request, source, plan, decoder, cache, vision, progress)
+    shutil.rmtree(work, ignore_errors=True)
+    return ExportResult(out=request.out, manifest=manifest, parity=parity, warnings=warnings)
+
+
+@contextmanager
+def kept_on_error(work: Path) -> Iterator[None]:
+    """Say of any error that passes through that calibration goes on from where it was."""
+    try:
+        yield
+    except BaseException as error:
+        if work.is_dir():
+            error.add_note(f"finished layers of the calibration are kept in {work}: the same export goes on from there")
+        raise
+
+
+def _write(
+    request: ExportRequest,
+    source: Source,
+    plan: WeightPlan,
+    decoder: TransformerDecoder,
+    cache: CacheSpec,
+    vision: VisionSpec | None,
+    progress: Progress,
+) -> tuple[Manifest, ParitySummary | None]:
+    """Everything that is written: it appears at request.out whole, or not at all."""
+    family, config, precision = source.family, source.config, source.precision
+    in_place, layout = request.weights == "reference", LAYOUTS[request.layout]
     dtype = getattr(torch, precision.dtype)
-    decoder = build_on_meta(config, dtype)
-    cache = cache_spec(decoder, max_len, precision)
-    vision = vision_spec(config, precision, choose_max_images(request.max_images, config))
-    layout = LAYOUTS[request.layout]
-    plan = plan_weights(checkpoint, family.all_refs(config), precision, request.weights)
 
     with stage(request.out, in_place=in_place) as staging:
         require_space(staging.folder, plan.nbytes)
@@ -141,21 +168,22 @@ def export(request: ExportRequest, progress: Progress | None = None) -> ExportRe
         names = write_weights(plan, staging.path, progress.advance)
         progress.start("write and check graph")
         for name, model in models.items():
+            quantize_weights(model, plan.quantized, plan.placed)
             attach_weights(model, plan)
             save_checked(model, staging.path(GRAPH_FILES[name]))
             names.append(GRAPH_FILES[name])
-        names += [] if in_place else _copy_small_files(request.checkpoint, staging)
+        names += [] if in_place else _write_small_files(source, staging)
         engines = _build_engines(request, staging, signatures, progress)
         names += [engine.file for engine in engines.values()]
         parity = None
         if request.verify:
-            parity = _verify(request, checkpoint, staging, signatures, cache, vision, engines, progress)
+            parity = _verify(request, source, plan, staging, signatures, cache, vision, engines, progress)
             staging.path(PARITY_FILE).write_text(parity.to_json(), encoding="utf-8")
             names.append(PARITY_FILE)
         progress.start("hash files")
         files = {name: file_entry(staging.path(name)) for name in sorted(names)}
         if in_place:
-            used = {str(tensor.path) for tensor in plan.placed.values()} | {INDEX_FILE, *COPIED_FILES}
+            used = {str(tensor.path) for tensor in plan.stored} | {INDEX_FILE, *COPIED_FILES}
             present = sorted(name for name in used if (request.checkpoint / name).is_file())
             files |= {name: file_entry(request.checkpoint / name) for name in present}
         manifest = Manifest(
@@ -165,6 +193,7 @@ def export(request: ExportRequest, progress: Progress | None = None) -> ExportRe
             max_batch=request.max_batch,
             cache=cache,
             vision=vision,
+            quantization=quantization_summary(source, plan, request.quantizer),
             graphs={name: GraphEntry(file=GRAPH_FILES[name], signature=each) for name, each in signatures.items()},
             engines=engines,
             files=files,
@@ -172,7 +201,7 @@ def export(request: ExportRequest, progress: Progress | None = None) -> ExportRe
             tools=tool_versions(),
         )
         staging.path(MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-    return ExportResult(out=request.out, manifest=manifest, parity=parity, warnings=warnings)
+    return manifest, parity
 
 
 def check_request(request: ExportRequest) -> None:
@@ -183,6 +212,7 @@ def check_request(request: ExportRequest) -> None:
         raise ExportError(f"--weights {request.weights!r} is not supported; supported: {', '.join(WEIGHT_MODES)}")
     if not 1 <= request.max_batch <= MAX_BATCH_LIMIT:
         raise ExportError(f"--max-batch must be at least 1 and at most {MAX_BATCH_LIMIT}, got {request.max_batch}")
+    check_quantizer(request.quantizer, request.calibration)
     if request.verify:
         import_onnxruntime()  # missing, it should be missed now and not when the work is done
     for name in request.targets:
@@ -194,6 +224,18 @@ def check_request(request: ExportRequest) -> None:
         TARGETS[name].check(request.gpu_archs)
     if request.gpu_archs and "tensorrt-rtx" not in request.targets:
         raise ExportError("--gpu-arch needs --target tensorrt-rtx")
+
+
+def check_source(request: ExportRequest, source: Source) -> None:
+    """Refuse what this checkpoint does not allow; ExportError."""
+    refuse_for_engines(source.choices, request.targets)
+    if request.requantize and not source.checkpoint.packed:
+        raise ExportError(f"--requantize: {request.checkpoint} holds no quantized weights; leave it out")
+    if request.weights == "reference" and source.choices:
+        raise ExportError(
+            f"--weights reference writes no weights, so it cannot have them in precision {source.precision.name}: use"
+            " --weights copy"
+        )
 
 
 def choose_max_len(asked: int | None, config: DecoderConfig) -> tuple[int, tuple[str, ...]]:
@@ -269,6 +311,19 @@ def save_checked(model: ir.Model, path: Path) -> None:
     onnx.checker.check_model(str(path), full_check=True)
 
 
+def quantization_summary(source: Source, plan: WeightPlan, quantizer: str) -> dict[str, Any] | None:
+    """What the manifest says of quantized weights; None where there are none."""
+    if not source.quantizes:
+        return None
+    formats = Counter(str(choice.format or choice.stored.name) for choice in source.choices.values())
+    made = any(choice.format is not None and not choice.kept for choice in source.choices.values())
+    return {
+        "quantizer": quantizer if made else "none: the checkpoint's own codes",
+        "formats": dict(sorted(formats.items())),
+        "bytes_per_weight": round(bytes_per_weight(source, plan), 4),
+    }
+
+
 def tool_versions() -> dict[str, str]:
     """Versions of everything that takes part in an export, where installed."""
     packages = ["export-llm", "torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "onnxruntime-gpu"]
@@ -282,11 +337,14 @@ def tool_versions() -> dict[str, str]:
     return versions
 
 
-def _copy_small_files(checkpoint: Path, staging: Staging) -> list[str]:
-    names = [name for name in COPIED_FILES if (checkpoint / name).is_file()]
-    for name in names:
-        copy_file(checkpoint / name, staging.path(name))
-    return names
+def _write_small_files(source: Source, staging: Staging) -> list[str]:
+    files = small_files(source)
+    for name, content in files.items():
+        if isinstance(content, Path):
+            copy_file(content, staging.path(name))
+        else:
+            staging.path(name).write_text(content, encoding="utf-8")
+    return list(files)
 
 
 def _build_engines(
@@ -313,7 +371,8 @@ def _build_engines(
 
 def _verify(
     request: ExportRequest,
-    checkpoint: Checkpoint,
+    source: Source,
+    plan: WeightPlan,
     staging: Staging,
     signatures: Mapping[str, GraphSignature],
     cache: CacheSpec,
@@ -330,12 +389,17 @@ def _verify(
 
     signature = signatures["decoder"]
     graph = staging.path(GRAPH_FILES["decoder"])
-    targets = dict(onnx_targets(graph, signature, cache, vision=vision_part(GRAPH_FILES["vision_encoder"])))
+    part = vision_part(GRAPH_FILES["vision_encoder"])
+    targets = dict(onnx_targets(graph, signature, cache, vision=part, quantized=source.quantizes))
+    # Rounding weights is no part of parity: the truth is what the weights as they were written say.
+    checkpoint = open_checkpoint(staging.folder) if source.choices else source.checkpoint
     for target in dict.fromkeys(engine.target for engine in engines.values()):
         path = staging.path(engines[target].file)
         encoder = engines.get(engine_key(target, "vision_encoder"))
         part = None if encoder is None else vision_part(encoder.file)
         targets[target] = functools.partial(TENSORRT_RUNNERS[target], path, signature, cache, vision=part)
+
+    operators: dict[torch.dtype, list[Rung]] = {}
 
     def verify_one(open_target: Callable[[], Runner], on_stage: Callable[[str], None]) -> ParityReport:
         return verify(
@@ -346,6 +410,12 @@ def _verify(
             cache=cache,
             encoder=signatures.get("vision_encoder"),
             on_stage=on_stage,
+            operators=operators,
         )
 
-    return verify_all(targets, verify_one, progress)
+    summary = verify_all(targets, verify_one, progress)
+    if source.choices:
+        weights = check_stored_weights(source, checkpoint, request.quantizer, progress)
+        summary = dataclasses.replace(summary, reports=(weights, *summary.reports))
+    quality = assess(source, checkpoint, plan, request.eval_text, progress)
+    return dataclasses.replace(summary, quality=quality)

@@ -1,7 +1,7 @@
 """Eager PyTorch as the reference of parity, with weights streamed from the checkpoint.
 
-Each module's weights are cast when it is called and dropped when it returns, so that even float64 arithmetic holds
-one matrix at a time. Every row is computed alone, unpadded, in one pass over all its tokens: none of the cache,
+Each module's weights are read and cast when it is called and dropped when it returns, so that even float64 arithmetic
+holds one matrix at a time. Every row is computed alone, unpadded, in one pass over all its tokens: none of the cache,
 mask and padding logic that is being checked takes part.
 """
 
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from graphs.attention.cross import CrossAttention
-from graphs.checkpoint import Checkpoint
+from graphs.checkpoint import Checkpoint, TensorRef
 from graphs.config import DecoderConfig
 from graphs.families import Family
-from graphs.loading import load_model
+from graphs.families.family import TensorNames
+from graphs.loading import build_on_meta, check_weights, materialise, named_models
 from graphs.near_ties import Chooser
 from graphs.positions import RotaryPositionalEmbeddings
 from graphs.transformer import TransformerDecoder
@@ -57,25 +58,30 @@ class Reference:
         *,
         weights_rounded_to: torch.dtype | None = None,
         swap_margin: float = 0.0,
+        int8_activations: bool = False,
     ) -> None:
         """Make the reference.
 
         Args:
-            weights_rounded_to: rounds the weights first, to tell arithmetic's error from that of the weights.
+            weights_rounded_to: rounds plain weights first, to tell arithmetic's error from that of the weights;
+                quantized ones are what they are.
             swap_margin: choices that are closer than this go the other way (graphs/near_ties.py).
+            int8_activations: what quantized weights of whole numbers multiply is rounded to 8 bits, block by block.
         """
         self.dtype = dtype
         self.config = config
         self.device = reference_device()
         self._encoded: dict[tuple[int, int], Tensor] = {}  # vision tokens, by (id of the ImageBatch, row)
-        self.decoder, self.encoder = load_model(family, config, checkpoint)
+        check_weights(family, config, checkpoint)
+        self.decoder, self.encoder = build_on_meta(config)
+        self.weights = StreamedWeights(checkpoint, self.device, dtype, weights_rounded_to, int8_activations)
+        for root, names in named_models(family, config, self.decoder, self.encoder):
+            materialise(root, {})
+            self.weights.stream_into(root, names)
         for module in self.decoder.modules():
             if isinstance(module, Chooser):
                 module.swap_margin = swap_margin
         _move_buffers(self.decoder, self.device)
-        _stream_weights(self.decoder, self.device, dtype, weights_rounded_to)
-        if self.encoder is not None:
-            _stream_weights(self.encoder, self.device, dtype, weights_rounded_to)
 
     @torch.no_grad()
     def trace(self, case: Case) -> Trace:
@@ -168,11 +174,53 @@ class Reference:
             return ()
         tokens = None if sight is None else self._vision_tokens(sight.images, sight.row)
         if sight is None or tokens is None:
-            hidden = torch.full((1, length, 1, 1), -1, device=self.device)
-            shapes = [(1, a.num_kv_heads, self.decoder.num_patches, a.head_dim) for a in self._cross_attention()]
-            make = functools.partial(torch.zeros, dtype=self.dtype, device=self.device)
-            return hidden, [(make(shape), make(shape)) for shape in shapes]
+            return self._no_images(1, length)
         return sight.mask(self.device), [attn.keys_values(tokens) for attn in self._cross_attention()]
+
+    def _no_images(self, rows: int, length: int) -> tuple[Any, ...]:
+        """What `step` takes beside the cache, for rows that see nothing."""
+        if self.encoder is None:
+            return ()
+        hidden = torch.full((rows, length, 1, 1), -1, device=self.device)
+        shapes = [(rows, a.num_kv_heads, self.decoder.num_patches, a.head_dim) for a in self._cross_attention()]
+        make = functools.partial(torch.zeros, dtype=self.dtype, device=self.device)
+        return hidden, [(make(shape), make(shape)) for shape in shapes]
+
+    @torch.no_grad()
+    def sample(
+        self, first: Tensor, length: int, rng: torch.Generator, on_token: Callable[[], None] = lambda: None
+    ) -> Tensor:
+        """Text that the model makes up behind first tokens [B]: int64 [B, length], each token drawn by its probability.
+
+        Weights are read anew for every token.
+        """
+        rows, ones = len(first), torch.ones((len(first), length), dtype=torch.int64, device=self.device)
+        tokens = torch.zeros((rows, length), dtype=torch.int64)
+        tokens[:, 0] = first
+        state = [
+            tuple(tensor.zeros(rows, self.dtype, self.device) for tensor in layer)
+            for layer in self.decoder.state(length)
+            if layer
+        ]
+        self._set_lengths(None, ())
+        for position in range(length - 1):
+            logits, state = self.decoder.step(
+                tokens[:, position : position + 1].to(self.device),
+                ones[:, :1] * position,
+                ones[:, 0] * position,
+                ones[:, : position + 1],
+                ones[:, :1] * 0,
+                state,
+                *self._no_images(rows, 1),
+            )
+            probabilities = logits[:, 0].float().softmax(dim=-1).cpu()
+            tokens[:, position + 1] = torch.multinomial(probabilities, 1, generator=rng)[:, 0]
+            on_token()
+        return tokens
+
+    def fed_at_once(self, length: int) -> None:
+        """Prepare for texts of that length in one call each, through the decoder's own layers."""
+        self._set_lengths(range(length), (length,))
 
     def _logits(
         self,
@@ -196,10 +244,13 @@ class Reference:
             seen = {"encoder_input": vision_tokens, "encoder_mask": mask}
         return _numpy(self.decoder(torch.tensor([list(tokens)], device=self.device), input_pos, **seen)[0])
 
-    def _set_lengths(self, positions: Sequence[int] | np.ndarray, calls: Sequence[int]) -> None:
-        """Tell the rotary embeddings that depend on it how long the row was when each token was fed."""
-        lengths = [int(positions[end - 1]) + 1 for end in np.cumsum(calls)]
-        fed = torch.tensor([np.repeat(lengths, calls).tolist()], dtype=torch.float32, device=self.device)
+    def _set_lengths(self, positions: Sequence[int] | np.ndarray | None, calls: Sequence[int]) -> None:
+        """Tell the rotary embeddings that depend on it how long the row was when each token was fed; without positions,
+        that they see it themselves."""
+        fed = None
+        if positions is not None:
+            lengths = [int(positions[end - 1]) + 1 for end in np.cumsum(calls)]
+            fed = torch.tensor([np.repeat(lengths, calls).tolist()], dtype=torch.float32, device=self.device)
         for module in self.decoder.modules():
             if isinstance(module, RotaryPositionalEmbeddings) and module.rope.depends_on_length:
                 module.fed_lengths = fed
@@ -224,34 +275,84 @@ def _move_buffers(decoder: TransformerDecoder, device: torch.device) -> None:
         setattr(decoder.get_submodule(module), leaf, buffer.to(device))
 
 
-def _stream_weights(root: nn.Module, device: torch.device, dtype: torch.dtype, rounded_to: torch.dtype | None) -> None:
-    """Make every module that owns parameters cast them for the time of its call only."""
+class StreamedWeights:
+    """Gives every module that owns parameters their numbers for the time of its call only."""
 
-    def cast(tensor: Tensor) -> Tensor:
-        tensor = tensor.to(device)
-        return (tensor if rounded_to is None else tensor.to(rounded_to)).to(dtype)
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        rounded_to: torch.dtype | None,
+        int8_activations: bool = False,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._device = device
+        self._dtype = dtype
+        self._rounded_to = rounded_to
+        self._int8_activations = int8_activations
 
-    for module in root.modules():
-        if isinstance(module, nn.Embedding):
-            # look up first: casting the whole table for a few rows would cost more than the model
-            module.to(device).register_forward_hook(lambda _module, _args, output: cast(output))
-        elif list(module.parameters(recurse=False)):
-            _cast_while_called(module, cast)
+    def stream_into(self, root: nn.Module, names: TensorNames) -> None:
+        """Prepare a module that was built on the meta device."""
+        for path, module in root.named_modules():
+            prefix = f"{path}." if path else ""
+            refs = {leaf: names[prefix + leaf] for leaf in module._parameters if prefix + leaf in names}
+            if not refs:
+                continue
+            if isinstance(module, nn.Embedding):
+                # look up first: casting the whole table for a few rows would cost more than the model
+                self._fill_while_called(module, refs, lambda ref: self._checkpoint.load(ref).to(self._device))
+                module.register_forward_hook(lambda _module, _args, output: self._cast(output))
+                continue
+            self._fill_while_called(module, refs, self.load)
+            packed = self._checkpoint.find_packed(refs["weight"]) if "weight" in refs else None
+            if (
+                self._int8_activations
+                and packed is not None
+                and packed.format is not None
+                and packed.format.name != "fp8"
+            ):
+                block = packed.format.block or INT8_BLOCK
+                module.register_forward_pre_hook(functools.partial(_round_input, block))
+
+    def load(self, ref: TensorRef) -> Tensor:
+        """What `ref` refers to, in the reference's dtype."""
+        if self._checkpoint.find_packed(ref) is not None:
+            wide = torch.promote_types(self._dtype, torch.float32)
+            return self._checkpoint.load(ref, wide).to(self._device, self._dtype)
+        return self._cast(self._checkpoint.load(ref))
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.to(self._device)
+        return (tensor if self._rounded_to is None else tensor.to(self._rounded_to)).to(self._dtype)
+
+    def _fill_while_called(self, module: nn.Module, refs: TensorNames, load: Callable[[TensorRef], Tensor]) -> None:
+        empty = dict(module._parameters)
+
+        def enter(module: nn.Module, args: Any) -> None:
+            filled = {leaf: nn.Parameter(load(ref), requires_grad=False) for leaf, ref in refs.items()}
+            module._parameters.update(filled)
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            module._parameters.update(empty)
+
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave)
 
 
-def _cast_while_called(module: nn.Module, cast: Callable[[Tensor], Tensor]) -> None:
-    stored = dict(module.named_parameters(recurse=False))
+# ONNX Runtime's MatMulNBits gives weights without blocks blocks of this many inputs.
+INT8_BLOCK = 32
 
-    def enter(module: nn.Module, args: Any) -> None:
-        module._parameters.update(
-            {name: nn.Parameter(cast(parameter.data), requires_grad=False) for name, parameter in stored.items()}
-        )
 
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        module._parameters.update(stored)
-
-    module.register_forward_pre_hook(enter)
-    module.register_forward_hook(leave)
+def _round_input(block: int, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Activations rounded to 255 steps, by the largest of each block: what MatMulNBits multiplies at its accuracy level
+    4, its default on the CPU."""
+    x, *rest = args
+    size = x.shape[-1]
+    padded = torch.nn.functional.pad(x, (0, -size % block)).unflatten(-1, (-1, block))
+    scale = (padded.abs().amax(dim=-1, keepdim=True) / 127).clamp(min=torch.finfo(x.dtype).tiny)
+    rounded = ((padded / scale).round() * scale).flatten(-2)[..., :size]
+    return (rounded, *rest)
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:

@@ -59,7 +59,7 @@ def export_stateless(
     model = lower(program, LAYOUTS["portable"], signature, refs, real_buffers(layer), name="layer")
     stored = read_header(out / SINGLE_FILE)
     placed = {name: dataclasses.replace(tensor, path=Path(SINGLE_FILE)) for name, tensor in stored.items()}
-    attach_weights(model, WeightPlan(copies=(), casts={}, placed=placed, nbytes=0))
+    attach_weights(model, WeightPlan(placed=placed, nbytes=0))
     save_checked(model, out / STATELESS_FILE)
     return signature, _check(layer, out / STATELESS_FILE, embed_dim, min(CHECK_LENGTH, max_len), dtype)
 

@@ -1,5 +1,6 @@
 """Parity of an artifact: run the case on a runner and on eager PyTorch, and judge."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,13 +12,15 @@ from exporter.layouts import LAYOUTS
 from exporter.op_parity import op_rungs
 from exporter.progress import Progress, Quiet
 from exporter.reference import Reference, reference_device
+from exporter.source import read_source
+from exporter.weight_check import check_stored_weights
 from graphs.checkpoint import Checkpoint, open_checkpoint
 from graphs.families import find_family
 from graphs.near_ties import Chooser
 from runtimes.artifact import Artifact
 from runtimes.errors import ArtifactError, EngineLoadError, RuntimeMissingError
 from runtimes.onnxruntime_runner import OnnxRuntimeRunner
-from runtimes.parity import ParityReport, ParitySummary, judge, make_case, run_case
+from runtimes.parity import ParityReport, ParitySummary, Rung, judge, make_case, run_case
 from runtimes.runner import Runner
 from runtimes.signature import CacheSpec, GraphSignature, VisionPart
 from runtimes.tolerances import MACHINE_EPSILON, NEAR_TIE_ULPS
@@ -35,6 +38,7 @@ def verify(
     encoder: GraphSignature | None = None,
     on_stage: Callable[[str], None] = lambda _: None,
     reference_name: str = "the checkpoint",
+    operators: dict[torch.dtype, list[Rung]] | None = None,
     seed: int = 0,
 ) -> ParityReport:
     """Compare a runner with eager PyTorch on the checkpoint's weights.
@@ -43,11 +47,14 @@ def verify(
 
     Args:
         open_target: opens the runner; called once.
+        checkpoint: for an artifact with quantized weights, the artifact itself: rounding weights is no part of parity.
         encoder: the vision encoder's, of a model that sees.
         on_stage: told in words what is happening.
+        operators: rungs of the boundary operators that are known from other targets of this layout; more are added.
         seed: of the random tokens.
     """
-    family = find_family(checkpoint.config, checkpoint.tensors)
+    operators = {} if operators is None else operators
+    family = find_family(checkpoint.config, checkpoint.shapes)
     config = family.parse_config(checkpoint.config)
     dtype = cache.dtype
     windows = [kind.window for kind in config.kinds if kind.attention == "sliding_window"]
@@ -66,12 +73,16 @@ def verify(
         computes_in = runner.computes_in
         description = runner.description
         on_onnxruntime_cpu = isinstance(runner, OnnxRuntimeRunner) and runner.device == "cpu"
+        exact = isinstance(runner, OnnxRuntimeRunner) and runner.in_float32
+        int8_activations = on_onnxruntime_cpu and not exact and bool(checkpoint.packed)
 
     graph_dtype, compute_dtype = getattr(torch, dtype), getattr(torch, computes_in)
     rungs = []
     if on_onnxruntime_cpu:  # where the operators' own graph runs as well
         on_stage("boundary operators")
-        rungs = op_rungs(config, LAYOUTS[layout], compute_dtype)
+        if compute_dtype not in operators:
+            operators[compute_dtype] = op_rungs(config, LAYOUTS[layout], compute_dtype)
+        rungs = list(operators[compute_dtype])
     # The truth is a step more precise than the target, and its weights are rounded from the checkpoint's as the graph's
     # should be: what is left is the error of arithmetic, against which a mistake stands out.
     exact = torch.float64 if compute_dtype == torch.float32 else torch.float32
@@ -81,7 +92,9 @@ def verify(
     chooses = any(isinstance(module, Chooser) for module in truth.decoder.modules())
     del truth
     on_stage(f"yardstick, eager {computes_in}")
-    eager = Reference(family, config, checkpoint, compute_dtype, weights_rounded_to=graph_dtype).trace(case)
+    eager = Reference(
+        family, config, checkpoint, compute_dtype, weights_rounded_to=graph_dtype, int8_activations=int8_activations
+    ).trace(case)
 
     swapped = None
     if chooses:
@@ -109,15 +122,18 @@ def onnx_targets(
     cache: CacheSpec,
     device: str | None = None,
     vision: VisionPart | None = None,
+    *,
+    quantized: bool = False,
 ) -> Targets:
-    """What an ONNX graph is verified on: ONNX Runtime and, for float16, once more in float32.
+    """What an ONNX graph is verified on: ONNX Runtime and, where that computes less precisely, once more in float32.
 
-    Behind the rounding of float16 a small mistake in the graph could hide; in float32 it cannot.
+    Behind the rounding of float16, or of activations to 8 bits, a small mistake in the graph could hide; in float32 it
+    cannot.
     """
     targets: dict[str, Callable[[], Runner]] = {
         "onnxruntime": lambda: OnnxRuntimeRunner(graph, signature, cache, vision=vision, device=device)
     }
-    if cache.dtype == "float16":
+    if cache.dtype == "float16" or quantized:
         targets["onnxruntime in float32"] = lambda: OnnxRuntimeRunner(
             graph, signature, cache, vision=vision, in_float32=True
         )
@@ -149,20 +165,36 @@ def verify_artifact(
     """Compare an artifact with a checkpoint; by default with its own weights, which proves the graph and the runtime
     but not that the weights are those of the checkpoint it came from.
 
+    The weights of an artifact that stores them in another way than the checkpoint are compared with it one by one.
+
     Raises:
         ArtifactError: the reference describes another model.
         CheckpointError: the reference cannot be read.
+        ExportError: the artifact's precision cannot be had from the reference.
         RuntimeMissingError: there is one target, and it cannot run here.
     """
     manifest = artifact.manifest
-    checkpoint = open_checkpoint(reference or artifact.folder)
-    family = find_family(checkpoint.config, checkpoint.tensors)
-    config = config_as_json(family.parse_config(checkpoint.config))
-    differing = differing_keys(dict(manifest.config), config)
+    progress = progress or Quiet()
+    own = open_checkpoint(artifact.folder)
+    source = None
+    if reference is None:
+        checkpoint = own
+        family = find_family(checkpoint.config, checkpoint.shapes)
+        config = family.parse_config(checkpoint.config)
+    else:
+        source = read_source(reference, manifest.precision, requantize=True)
+        checkpoint, config = source.checkpoint, source.config
+    differing = differing_keys(dict(manifest.config), config_as_json(config))
     if differing:
         raise ArtifactError(
             f"{checkpoint.folder} is another model than {artifact.folder}: they differ in {', '.join(differing)}"
         )
+    checked: list[ParityReport] = []
+    operators: dict[torch.dtype, list[Rung]] = {}
+    if source is not None and source.choices:
+        quantizer = (manifest.quantization or {}).get("quantizer", "")
+        checked.append(check_stored_weights(source, own, quantizer, progress))
+        checkpoint = own
 
     def verify_one(open_target: Callable[[], Runner], on_stage: Callable[[str], None]) -> ParityReport:
         return verify(
@@ -173,10 +205,11 @@ def verify_artifact(
             cache=manifest.cache,
             encoder=None if manifest.vision is None else manifest.graphs["vision_encoder"].signature,
             on_stage=on_stage,
-            reference_name="the artifact's own weights" if reference is None else str(reference),
+            reference_name="the artifact's own weights" if checkpoint is own else str(reference),
+            operators=operators,
         )
 
-    summary = verify_all(targets, verify_one, progress or Quiet())
+    summary = verify_all(targets, verify_one, progress)
     if not summary.reports:
         raise RuntimeMissingError("; ".join(summary.not_run.values()))
-    return summary
+    return dataclasses.replace(summary, reports=(*checked, *summary.reports))

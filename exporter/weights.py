@@ -7,19 +7,26 @@ tensor names, in one model.safetensors: an artifact is itself a checkpoint that 
 import dataclasses
 import errno
 import fcntl
+import functools
 import json
+import math
 import os
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
+from torch import Tensor
 
 from exporter.errors import ExportError
-from exporter.precision import Precision
+from exporter.precision import FloatType, Precision
+from exporter.weight_choice import Choices, WeightChoice
 from graphs.checkpoint import CHUNK_BYTES, FLOAT_DTYPES, INDEX_FILE, SINGLE_FILE, Checkpoint, StoredTensor, TensorRef
+from graphs.formats import own
+from graphs.quantization import QuantizedTensor, WeightFormat
 
 HEADER_ALIGNMENT = 64  # tensors start on a cache line, so that a memory-mapped reader is not slowed down
 _FICLONE = 0x40049409  # linux/fs.h: share the blocks of one file with another, where the file system can
@@ -28,17 +35,43 @@ Progress = Callable[[int], None]  # called with the bytes just written
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """Some tensors of the new model.safetensors, and how to make their bytes, one after the other."""
+
+    outputs: tuple[StoredTensor, ...]
+    make: Callable[[], Iterable[memoryview]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantizedWeight:
+    """Where a quantized weight lies: what graphs.formats.own writes, [K, N]."""
+
+    format: WeightFormat
+    shape: tuple[int, int]  # (N, K)
+    parts: Mapping[str, StoredTensor]  # by suffix of the name
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightPlan:
     """Which files will hold the weights, and where in them each tensor lies."""
 
-    copies: tuple[Path, ...]  # checkpoint files taken over whole
-    casts: Mapping[StoredTensor, StoredTensor]  # {tensor: what it becomes in a new model.safetensors}, in this order
     placed: Mapping[str, StoredTensor]  # by TensorRef.label; `path` is the file's name alone
     nbytes: int  # bytes that will be written
+    copies: tuple[Path, ...] = ()  # checkpoint files taken over whole
+    jobs: tuple[Job, ...] = ()  # what a new model.safetensors is made of, in this order
+    quantized: Mapping[str, QuantizedWeight] = dataclasses.field(default_factory=dict)  # by TensorRef.label
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of the new file's header
+
+    @property
+    def stored(self) -> list[StoredTensor]:
+        """Every tensor that the graph refers to."""
+        return [*self.placed.values(), *(part for weight in self.quantized.values() for part in weight.parts.values())]
 
 
-def plan_weights(checkpoint: Checkpoint, refs: Iterable[TensorRef], precision: Precision, mode: str) -> WeightPlan:
-    """Decide where the tensors that the parameters refer to go.
+def plan_weights(
+    checkpoint: Checkpoint, refs: Iterable[TensorRef], precision: FloatType | Precision, mode: str
+) -> WeightPlan:
+    """Decide where the tensors that the parameters refer to go, all in one float dtype.
 
     Args:
         mode: "copy", or "reference" to use the checkpoint's own files where they lie.
@@ -63,14 +96,147 @@ def plan_weights(checkpoint: Checkpoint, refs: Iterable[TensorRef], precision: P
                 f"--weights reference: {', '.join(links)} is a symbolic link, which ONNX tools refuse as external"
                 " data: use --weights copy"
             )
-        return WeightPlan(copies=(), casts={}, placed=in_place, nbytes=0)
+        return WeightPlan(placed=in_place, nbytes=0)
     if not other:
         total = sum(file.stat().st_size for file in files)
-        return WeightPlan(copies=tuple(files), casts={}, placed=in_place, nbytes=total)
-    placed = _layout(tensors, precision)
-    end = max((tensor.offset + tensor.nbytes for tensor in placed.values()), default=0)
-    casts = {tensor: placed[name] for name, tensor in tensors.items()}
-    return WeightPlan(copies=(), casts=casts, placed=_parts(refs, placed), nbytes=end)
+        return WeightPlan(copies=tuple(files), placed=in_place, nbytes=total)
+    jobs = _lay_out([_cast_job(tensor, precision.safetensors) for tensor in tensors.values()], {})
+    placed = {tensor.name: tensor for job in jobs for tensor in job.outputs}
+    return WeightPlan(jobs=jobs, placed=_parts(refs, placed), nbytes=_end(jobs))
+
+
+# Makes the codes of a weight that is to be quantized.
+Quantize = Callable[[TensorRef, WeightChoice], QuantizedTensor]
+
+
+def plan_choices(
+    checkpoint: Checkpoint,
+    choices: Choices,
+    precision: Precision,
+    quantize: Quantize,
+    changed: Mapping[TensorRef, Callable[[], Tensor]],
+) -> WeightPlan:
+    """Decide where tensors go that are stored in several ways.
+
+    Args:
+        quantize: called when a weight's turn comes to be written.
+        changed: weights that calibration changed, stored as floats.
+    """
+    jobs: dict[str, Job] = {}
+    entries = {}
+    for ref, choice in sorted(choices.items(), key=lambda item: item[0].label):
+        if isinstance(choice.stored, WeightFormat):
+            shape, zero_points = _shape(checkpoint, ref), choice.has_zero_points
+            entries[ref.label] = own.describe(choice.stored, shape, zero_points=zero_points)
+            jobs[ref.label] = _quantize_job(checkpoint, ref, choice, precision, quantize)
+        elif ref in changed:
+            jobs[ref.label] = _numbers_job(checkpoint, ref.label, ref, choice.stored, changed[ref])
+        elif choice.packed is not None:
+            numbers = functools.partial(checkpoint.load, ref, torch.float64)
+            jobs[ref.label] = _numbers_job(checkpoint, ref.label, ref, choice.stored, numbers)
+        elif ref.name not in jobs:
+            jobs[ref.name] = _cast_job(checkpoint.tensors[ref.name], choice.stored.safetensors)
+    metadata = {own.METADATA_KEY: json.dumps(entries, separators=(",", ":"))} if entries else {}
+    laid_out = dict(zip(jobs, _lay_out(list(jobs.values()), metadata), strict=True))
+    quantized, placed = {}, {}
+    for ref, choice in choices.items():
+        if isinstance(choice.stored, WeightFormat):
+            outputs = {tensor.name.removeprefix(ref.label): tensor for tensor in laid_out[ref.label].outputs}
+            quantized[ref.label] = QuantizedWeight(format=choice.stored, shape=_shape(checkpoint, ref), parts=outputs)
+        elif ref.label in laid_out:
+            (placed[ref.label],) = laid_out[ref.label].outputs
+        else:
+            placed[ref.label] = ref.slice(laid_out[ref.name].outputs[0])
+    done = tuple(laid_out.values())
+    return WeightPlan(jobs=done, placed=placed, quantized=quantized, metadata=metadata, nbytes=_end(done))
+
+
+def _shape(checkpoint: Checkpoint, ref: TensorRef) -> tuple[int, int]:
+    packed = checkpoint.find_packed(ref)
+    shape = checkpoint.shapes[ref.name] if packed is None else packed.shape
+    outputs, inputs = shape
+    whole = ref.rows is None or (packed is not None and packed.name == ref.label)
+    return (outputs if whole or ref.rows is None else ref.rows[1] - ref.rows[0]), inputs
+
+
+def _quantize_job(
+    checkpoint: Checkpoint, ref: TensorRef, choice: WeightChoice, precision: Precision, quantize: Quantize
+) -> Job:
+    assert isinstance(choice.stored, WeightFormat)
+    format, has_zero_points = choice.stored, choice.has_zero_points
+    specs = own.part_specs(_shape(checkpoint, ref), format, precision.safetensors, zero_points=has_zero_points)
+    outputs = tuple(_output(ref.label + suffix, dtype, shape) for suffix, (dtype, shape) in specs.items())
+
+    def make() -> Iterable[memoryview]:
+        if choice.kept:
+            tensor = checkpoint.quantized(ref)
+            assert tensor is not None
+            tensor = as_int8(tensor) if format != tensor.format else tensor
+            _require_scales(tensor, ref, precision)
+        else:
+            tensor = quantize(ref, choice)
+        stored = own.parts(tensor, getattr(torch, precision.dtype))
+        assert list(stored) == list(specs)
+        del tensor
+        for part in stored.values():
+            yield _bytes(part)
+
+    return Job(outputs=outputs, make=make)
+
+
+def as_int8(tensor: QuantizedTensor) -> QuantizedTensor:
+    """The same weight in int8: codes of 4 bits, their zero points subtracted, are whole numbers from -15 to 15, and may
+    change their sign so that all scales are above 0."""
+    codes = tensor.codes
+    if tensor.zero_points is not None:
+        groups = codes.unflatten(1, (tensor.scales.shape[1], -1)) - tensor.zero_points[..., None]
+        codes = groups.flatten(1)
+    signs = torch.where(tensor.scales < 0, -1, 1).to(torch.int8)
+    codes = (codes.unflatten(1, (signs.shape[1], -1)) * signs[..., None]).flatten(1)
+    format = WeightFormat(name="int8", block=tensor.format.block)
+    return dataclasses.replace(tensor, codes=codes, scales=tensor.scales.abs(), zero_points=None, format=format)
+
+
+def _require_scales(tensor: QuantizedTensor, ref: TensorRef, precision: Precision) -> None:
+    dtype = getattr(torch, precision.dtype)
+    if not torch.equal(tensor.scales.to(dtype).float(), tensor.scales):
+        raise ExportError(
+            f"the scales of {ref.label} cannot be expressed in {precision.compute.name}, so its weights would change:"
+            f" export with --precision {tensor.format.name}:dtype=fp32"
+        )
+
+
+def _numbers_job(
+    checkpoint: Checkpoint, name: str, ref: TensorRef, stored: FloatType, numbers: Callable[[], Tensor]
+) -> Job:
+    """One whole tensor of floats, from numbers that are computed."""
+    shape = tuple(checkpoint.shapes[ref.name if ref.label not in checkpoint.packed else ref.label])
+    if ref.rows is not None and ref.label not in checkpoint.packed:
+        shape = (ref.rows[1] - ref.rows[0], *shape[1:])
+
+    def make() -> Iterable[memoryview]:
+        yield _bytes(_cast(numbers(), name, stored.safetensors).contiguous())
+
+    return Job(outputs=(_output(name, stored.safetensors, shape),), make=make)
+
+
+def _cast_job(tensor: StoredTensor, dtype: str) -> Job:
+    return Job(
+        outputs=(_output(tensor.name, dtype, tensor.shape),), make=functools.partial(_cast_chunks, tensor, dtype)
+    )
+
+
+def _output(name: str, dtype: str, shape: tuple[int, ...]) -> StoredTensor:
+    """A tensor of the new file, whose place is not known yet."""
+    nbytes = math.prod(shape) * _ITEM_BYTES[dtype]
+    return StoredTensor(name=name, dtype=dtype, shape=shape, path=Path(SINGLE_FILE), offset=0, nbytes=nbytes)
+
+
+_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1}
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _parts(refs: Iterable[TensorRef], placed: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
@@ -78,25 +244,28 @@ def _parts(refs: Iterable[TensorRef], placed: Mapping[str, StoredTensor]) -> dic
     return {ref.label: ref.slice(placed[ref.name]) for ref in refs}
 
 
-def _layout(tensors: Mapping[str, StoredTensor], precision: Precision) -> dict[str, StoredTensor]:
-    """Offsets of the cast tensors in the new model.safetensors, one after the other."""
-    item_bytes = FLOAT_DTYPES[precision.safetensors][1]
-    placed, end = {}, 0
-    for name, tensor in tensors.items():
-        nbytes = tensor.nbytes // FLOAT_DTYPES[tensor.dtype][1] * item_bytes
-        placed[name] = dataclasses.replace(
-            tensor, dtype=precision.safetensors, path=Path(SINGLE_FILE), offset=end, nbytes=nbytes
-        )
-        end += nbytes
-    start = len(_header(placed))
-    return {name: dataclasses.replace(tensor, offset=start + tensor.offset) for name, tensor in placed.items()}
+def _lay_out(jobs: list[Job], metadata: Mapping[str, str]) -> tuple[Job, ...]:
+    """Give the jobs' outputs their offsets in the new model.safetensors, one after the other."""
+    outputs = [tensor for job in jobs for tensor in job.outputs]
+    offsets, end = [], 0
+    for tensor in outputs:
+        offsets.append(end)
+        end += tensor.nbytes
+    relative = [dataclasses.replace(each, offset=offset) for each, offset in zip(outputs, offsets, strict=True)]
+    start = len(_header(relative, metadata))
+    placed = iter([dataclasses.replace(tensor, offset=start + tensor.offset) for tensor in relative])
+    return tuple(dataclasses.replace(job, outputs=tuple(next(placed) for _ in job.outputs)) for job in jobs)
 
 
-def _header(placed: Mapping[str, StoredTensor]) -> bytes:
-    """The safetensors header, its length prefix included; offsets in `placed` count from the end of the header."""
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    for name, tensor in placed.items():
-        entries[name] = {
+def _end(jobs: Iterable[Job]) -> int:
+    return max((tensor.offset + tensor.nbytes for job in jobs for tensor in job.outputs), default=0)
+
+
+def _header(outputs: Iterable[StoredTensor], metadata: Mapping[str, str]) -> bytes:
+    """The safetensors header, its length prefix included; offsets count from the end of the header."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    for tensor in outputs:
+        entries[tensor.name] = {
             "dtype": tensor.dtype,
             "shape": list(tensor.shape),
             "data_offsets": [tensor.offset, tensor.offset + tensor.nbytes],
@@ -119,8 +288,8 @@ def write_weights(plan: WeightPlan, destination: Callable[[str], Path], progress
     for source in plan.copies:
         copy_file(source, destination(source.name), progress)
     written = [source.name for source in plan.copies]
-    if plan.casts:
-        _write_casts(plan, destination(SINGLE_FILE), progress)
+    if plan.jobs:
+        _write_jobs(plan, destination(SINGLE_FILE), progress)
         written.append(SINGLE_FILE)
     elif len(plan.copies) > 1 or (plan.copies and plan.copies[0].name != SINGLE_FILE):
         index = plan.copies[0].parent / INDEX_FILE
@@ -144,22 +313,25 @@ def copy_file(source: Path, target: Path, progress: Progress = lambda _: None) -
             progress(os.fstat(writer.fileno()).st_size)
 
 
-def _write_casts(plan: WeightPlan, target: Path, progress: Progress) -> None:
-    start = min((cast.offset for cast in plan.casts.values()), default=0)
-    relative = {cast.name: dataclasses.replace(cast, offset=cast.offset - start) for cast in plan.casts.values()}
-    header = _header(relative)
+def _write_jobs(plan: WeightPlan, target: Path, progress: Progress) -> None:
+    outputs = [tensor for job in plan.jobs for tensor in job.outputs]
+    start = min(tensor.offset for tensor in outputs)
+    relative = [dataclasses.replace(tensor, offset=tensor.offset - start) for tensor in outputs]
+    header = _header(relative, plan.metadata)
     assert len(header) == start, "the header must be as long as it was planned"
     with target.open("wb") as writer:
         writer.write(header)
         progress(len(header))
-        for tensor, cast in plan.casts.items():
-            for chunk in _cast_chunks(tensor, cast.dtype):
+        for job in plan.jobs:
+            for chunk in job.make():
                 writer.write(chunk)
                 progress(len(chunk))
+            last = job.outputs[-1]
+            assert writer.tell() == last.offset + last.nbytes, f"{last.name} must be as long as it was planned"
 
 
 def _cast_chunks(tensor: StoredTensor, dtype: str) -> Iterable[memoryview]:
-    source_dtype, target_dtype = FLOAT_DTYPES[tensor.dtype][0], FLOAT_DTYPES[dtype][0]
+    source_dtype = FLOAT_DTYPES[tensor.dtype][0]
     with tensor.path.open("rb", buffering=0) as reader:
         reader.seek(tensor.offset)
         left = tensor.nbytes
@@ -169,14 +341,20 @@ def _cast_chunks(tensor: StoredTensor, dtype: str) -> Iterable[memoryview]:
             _read_exactly(reader.readinto, part, tensor)
             left -= len(part)
             source = torch.frombuffer(part, dtype=source_dtype)
-            cast = source.to(target_dtype)
-            if (overflow := torch.isinf(cast) & ~torch.isinf(source)).any():
-                worst = source[overflow].abs().max().item()
-                raise ExportError(
-                    f"{tensor.name} holds {worst:.6g}, which {dtype} cannot express (its largest number is"
-                    f" {torch.finfo(target_dtype).max:.6g}): choose another --precision"
-                )
-            yield memoryview(cast.view(torch.uint8).numpy().data)
+            yield memoryview(_cast(source, tensor.name, dtype).view(torch.uint8).numpy().data)
+
+
+def _cast(source: Tensor, name: str, dtype: str) -> Tensor:
+    """Numbers rounded to a safetensors dtype; ExportError where one is too large for it."""
+    target_dtype = FLOAT_DTYPES[dtype][0]
+    cast = source.to(target_dtype)
+    if (overflow := torch.isinf(cast) & ~torch.isinf(source)).any():
+        worst = source[overflow].abs().max().item()
+        raise ExportError(
+            f"{name} holds {worst:.6g}, which {dtype} cannot express (its largest number is"
+            f" {torch.finfo(target_dtype).max:.6g}): choose another --precision"
+        )
+    return cast
 
 
 def _read_exactly(readinto: Callable[[memoryview], int | None], part: memoryview, tensor: StoredTensor) -> None:
@@ -190,14 +368,17 @@ def _read_exactly(readinto: Callable[[memoryview], int | None], part: memoryview
 
 def attach_weights(model: ir.Model, plan: WeightPlan) -> None:
     """Point each initializer that has no value at its bytes."""
+    parts = {part.name: part for weight in plan.quantized.values() for part in weight.parts.values()}
     for name, value in model.graph.initializers.items():
         if value.const_value is not None:
             continue
-        tensor = plan.placed[name]
+        tensor = parts.get(name) or plan.placed[name]
         assert value.dtype is not None
-        value.shape = ir.Shape(tensor.shape)
+        if name not in parts:  # whose shape is that of the codes, which may lie two to a byte
+            value.shape = ir.Shape(tensor.shape)
+        assert value.shape is not None
         value.const_value = ir.ExternalTensor(
-            str(tensor.path), tensor.offset, tensor.nbytes, value.dtype, shape=ir.Shape(tensor.shape), name=name
+            str(tensor.path), tensor.offset, tensor.nbytes, value.dtype, shape=ir.Shape(value.shape), name=name
         )
 
 

@@ -232,10 +232,10 @@ class TransformerDecoder(nn.Module):
             if input_pos is None:
                 raise ValueError("caches are set up, but the positions of the input tokens (input_pos) are missing")
             mask = self.causal_mask[input_pos][None, None]
-        h = self._embed(tokens, torch.arange(length, device=tokens.device) if input_pos is None else input_pos)
+        h = self.embed(tokens, torch.arange(length, device=tokens.device) if input_pos is None else input_pos)
         for layer in self.layers:
             h = layer(h, mask, input_pos, encoder_input=encoder_input, encoder_mask=encoder_mask)
-        return self._logits(h).to(h.dtype)
+        return self.logits(h).to(h.dtype)
 
     def step(
         self,
@@ -267,7 +267,7 @@ class TransformerDecoder(nn.Module):
         A slot is seen when its index is at most the query's position and its attention_mask is 1. Tokens whose own
         attention_mask is 0 are padding: they leave no trace in sums.
         """
-        h = self._embed(input_ids, position_ids)
+        h = self.embed(input_ids, position_ids)
         cross = None
         if cross_attention_mask is not None:
             cross = CrossInputs(cross_attention_mask, cross_key_values, self.num_patches)
@@ -280,16 +280,18 @@ class TransformerDecoder(nn.Module):
                 h, layer_present = layer(h, context=context, past=next(states))
                 present.append(layer_present)
         wanted = logit_indices.unsqueeze(-1).expand(-1, -1, h.shape[-1])
-        return self._logits(h.gather(1, wanted)), present
+        return self.logits(h.gather(1, wanted)), present
 
-    def _embed(self, tokens: Tensor, position_ids: Tensor) -> Tensor:
+    def embed(self, tokens: Tensor, position_ids: Tensor) -> Tensor:
+        """What the first layer reads: [b, s, d] for tokens [b, s] at positions [s] or [b, s]."""
         h = scaled(self.tok_embeddings(tokens), self.embedding_multiplier)
         if self.pos_embeddings is not None:
             h = h + self.pos_embeddings(position_ids.expand(tokens.shape)).to(h.dtype)
         return h
 
-    def _logits(self, h: Tensor) -> Tensor:
-        """At least float32: a softcap or a factor is applied to what float32 can hold."""
+    def logits(self, h: Tensor) -> Tensor:
+        """Logits of what the last layer returns, at least float32: a softcap or a factor is applied to what float32 can
+        hold."""
         logits = self.output(self.norm(h))
         logits = scaled(logits.to(torch.promote_types(logits.dtype, torch.float32)), self.logits_multiplier)
         if self.logits_softcap:

@@ -13,7 +13,7 @@ from runtimes.signature import CacheSpec, GraphSignature, VisionPart, VisionSpec
 MANIFEST = "manifest.json"
 GRAPH_FILES = {"decoder": "decoder.onnx", "vision_encoder": "vision_encoder.onnx"}
 PARITY_FILE = "parity.json"
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 _CHUNK_BYTES = 1 << 22
 
 
@@ -57,6 +57,7 @@ class Manifest:
     graphs: Mapping[str, GraphEntry]  # "decoder", and "vision_encoder" where there is one
     engines: Mapping[str, EngineEntry]  # by engine_key
     files: Mapping[str, FileEntry]
+    quantization: Mapping[str, Any] | None  # {"quantizer", "formats", "bytes_per_weight"}; None: no weight is quantized
     parity: Mapping[str, Any] | None  # {"passed", "runtimes", "not_run"}; None: not asked for
     tools: Mapping[str, str]  # versions of what made it
     schema_version: int = SCHEMA_VERSION
@@ -104,6 +105,7 @@ class Manifest:
         cache.check()
         _require(type(self.max_batch) is int and self.max_batch > 0, "max_batch must be a whole number above 0")
         _require(isinstance(self.config, dict) and isinstance(self.tools, dict), "config and tools must be objects")
+        _require(self.quantization is None or isinstance(self.quantization, dict), "quantization must be an object")
         _require(self.parity is None or type(self.parity.get("passed")) is bool, "parity must say whether it passed")
         _require("decoder" in self.graphs, "it lists no decoder graph")
         _require(("vision_encoder" in self.graphs) == (self.vision is not None), "vision and its encoder go together")

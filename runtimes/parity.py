@@ -15,6 +15,7 @@ import numpy as np
 
 from runtimes.decoding import Decoding
 from runtimes.images import ImageBatch
+from runtimes.quality import QualityReport
 from runtimes.runner import Feeds, Runner
 from runtimes.signature import CacheSpec, GraphSignature
 from runtimes.tolerances import (
@@ -140,6 +141,7 @@ class ParitySummary:
 
     reports: tuple[ParityReport, ...]
     not_run: Mapping[str, str]  # {runtime: reason}
+    quality: QualityReport | None = None  # of weights that were rounded
 
     @property
     def passed(self) -> bool:
@@ -156,7 +158,8 @@ class ParitySummary:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
-        return self.short() | {"reports": [report.to_dict() for report in self.reports]}
+        quality = None if self.quality is None else self.quality.to_dict()
+        return self.short() | {"reports": [report.to_dict() for report in self.reports], "quality": quality}
 
     def to_json(self) -> str:
         """The text of parity.json."""

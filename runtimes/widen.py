@@ -1,11 +1,14 @@
-"""Rewrite a float16 or bfloat16 graph to compute in float32 with the same weights.
+"""Rewrite a graph so that ONNX Runtime can run it on the CPU, with the same weights.
 
-ONNX Runtime has no bfloat16 kernels on the CPU: widened, such a graph can be run there. And a widened graph can be
-checked to float32 accuracy: only the rounding of intermediate results is missing, behind which a mistake might hide.
+It has no bfloat16 kernels there, and none for float4. A graph of 16-bit floats is widened to float32; it can then be
+checked to float32 accuracy as well: only the rounding of intermediate results is missing, behind which a mistake might
+hide. Weights in float4 become whole numbers of 8 bits, exactly.
 """
 
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from runtimes.errors import RuntimeMissingError
 
@@ -52,3 +55,48 @@ def widen(model: Any) -> bytes:
     graph.node.extend(nodes)
     serialized: bytes = model.SerializeToString()
     return serialized
+
+
+# Twice what the codes of float4 e2m1 stand for: whole numbers.
+_TWICE_FP4 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)
+
+
+def expand_float4(model: Any, folder: Path) -> None:
+    """Replace float4 weights with float8 scales, as DequantizeLinear reads them, by int8 ones with float32 scales.
+
+    Args:
+        model: an onnx.ModelProto, which is changed.
+        folder: where its external data lies.
+    """
+    import ml_dtypes
+    import onnx
+
+    graph = model.graph
+    initializers = {tensor.name: tensor for tensor in graph.initializer}
+    makers = {node.output[0]: node for node in graph.node}
+    gone: list[Any] = []
+
+    def raw(name: str) -> bytes:
+        external = {entry.key: entry.value for entry in initializers[name].external_data}
+        with (folder / external["location"]).open("rb") as file:
+            file.seek(int(external["offset"]))
+            return file.read(int(external["length"]))
+
+    for node in list(graph.node):
+        codes = initializers.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
+        if codes is None or codes.data_type != onnx.TensorProto.FLOAT4E2M1:
+            continue
+        scales = makers[node.input[1]]
+        shape, scale_shape = list(codes.dims), list(initializers[scales.input[0]].dims)
+        packed = np.frombuffer(raw(codes.name), np.uint8)
+        doubled = _TWICE_FP4[np.stack((packed & 0xF, packed >> 4), axis=1).reshape(-1)[: np.prod(shape)]]
+        block_scales = np.frombuffer(raw(scales.input[0]), ml_dtypes.float8_e4m3fn).astype(np.float32)
+        halves = block_scales * np.frombuffer(raw(scales.input[1]), np.float32) / 2
+        for name, array in ((f"{codes.name}/int8", doubled.reshape(shape)), (scales.output[0], halves)):
+            made = array if name != scales.output[0] else array.reshape(scale_shape)
+            graph.initializer.append(onnx.numpy_helper.from_array(made, name))
+        node.input[0] = f"{codes.name}/int8"
+        graph.node.remove(scales)
+        gone += [codes, *(initializers[name] for name in scales.input)]
+    for tensor in gone:
+        graph.initializer.remove(tensor)

@@ -23,7 +23,7 @@ import transformers
 from torch import Tensor
 
 from exporter.pipeline import ExportRequest, export
-from exporter.precision import PRECISIONS, cache_spec
+from exporter.precision import cache_spec
 from exporter.verify import verify
 from graphs.checkpoint import open_checkpoint
 from graphs.errors import CheckpointError
@@ -388,7 +388,7 @@ def test_cache_bytes(pair: Pair) -> None:
     config = pair.theirs.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     expected = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * 4
-    assert cache_spec(pair.ours, MAX_LEN, PRECISIONS["fp32"]).bytes_per_token == expected
+    assert cache_spec(pair.ours, MAX_LEN, "float32").bytes_per_token == expected
 
 
 Changed = Callable[[str, dict[str, Any]], tuple[Path, Path]]

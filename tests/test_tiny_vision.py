@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from runtimes.artifact import Artifact
+from exporter.pipeline import ExportRequest, export
+from runtimes.artifact import Artifact, open_artifact
 from runtimes.generation import generate, read_stop_ids
 from runtimes.images import ImageProcessor, show_images
 from runtimes.runner import Runner, open_runner
@@ -61,6 +62,18 @@ def test_it_sees(tasks: ModuleType, tiny_vision_artifact: Artifact, runner: Runn
     assert all(score >= RIGHT for score in right.values()), right
     assert all(score <= NEAR_CHANCE for score in wrong.values()), wrong
     assert all(score <= NEAR_CHANCE for score in none.values()), none
+
+
+@pytest.mark.parametrize(("precision", "most_lost"), [("int8", 0.01), ("int4", 0.03)])
+def test_it_sees_with_quantized_weights(
+    precision: str, most_lost: float, tasks: ModuleType, tiny_vision: Path, tmp_path: Path
+) -> None:
+    """Those of the vision encoder included."""
+    export(ExportRequest(checkpoint=tiny_vision, out=tmp_path / "out", precision=precision, verify=False))
+    artifact = open_artifact(tmp_path / "out")
+    with open_runner(artifact, device="cpu") as runner:
+        right = tasks.score(answers(tasks, artifact, runner), count=COUNT, images="right")
+    assert all(score >= RIGHT - most_lost for score in right.values()), right
 
 
 def test_it_sees_every_arrangement_of_tiles(tasks: ModuleType, tiny_vision_artifact: Artifact) -> None:

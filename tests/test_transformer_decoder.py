@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from exporter.layouts import LAYOUTS
 from exporter.pipeline import ExportRequest, ExportResult, export
-from exporter.precision import PRECISIONS, cache_spec
+from exporter.precision import cache_spec
 from exporter.progress import Quiet
 from exporter.stateless import STATELESS_FILE, export_stateless
 from exporter.targets.tensorrt import build_engine
@@ -134,7 +134,7 @@ def test_rows_that_wait_and_rows_that_move(name: str, tmp_path: Path) -> None:
     family = find_family(checkpoint.config, checkpoint.tensors)
     config = family.parse_config(checkpoint.config)
     decoder = load_decoder(family, config, checkpoint)
-    cache = cache_spec(decoder, 24, PRECISIONS["fp32"])
+    cache = cache_spec(decoder, 24, "float32")
     signature = LAYOUTS["portable"].signature(config, cache, 3)
 
     def open_decoding() -> Decoding:

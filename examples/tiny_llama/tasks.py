@@ -10,6 +10,7 @@ Only the standard library is used here: a test of an exported graph can score it
 """
 
 import hashlib
+import json
 import random
 import string
 from collections.abc import Callable, Iterator
@@ -106,3 +107,9 @@ def score(answer_fn: AnswerFn, *, count: int = MAX_PROBLEMS) -> dict[str, float]
         right = sum(text == problem.answer for text, problem in zip(completions, problems, strict=True))
         accuracy[task] = right / len(problems)
     return accuracy
+
+
+if __name__ == "__main__":  # tasks.jsonl, which the quality report of an export reads
+    for task in TASKS:
+        for problem in evaluation_problems(task, count=200):
+            print(json.dumps({"task": task, "prompt": problem.prompt, "answer": problem.answer}))

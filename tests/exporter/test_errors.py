@@ -440,7 +440,7 @@ def edit_manifest(artifact: Path, change: Callable[[dict[str, Any]], object]) ->
 def test_manifest_of_another_version(refuses: Callable[..., str], x_artifact: Path) -> None:
     """The message gives both versions."""
     edit_manifest(x_artifact, lambda manifest: manifest.update(schema_version=99))
-    refuses(["inspect", x_artifact], "schema version 99, this program reads 3", "export again")
+    refuses(["inspect", x_artifact], "schema version 99, this program reads 4", "export again")
 
 
 def test_truncated_manifest(refuses: Callable[..., str], x_artifact: Path) -> None:

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from exporter.capture import build_on_meta
 from exporter.layouts import LAYOUTS
 from exporter.pipeline import trace
-from exporter.precision import PRECISIONS, cache_spec
+from exporter.precision import FLOAT_TYPES, cache_spec
 from exporter.progress import Quiet
 from graphs.checkpoint import open_checkpoint
 from graphs.config import DecoderConfig
@@ -384,7 +384,7 @@ def test_manifest_repeats_the_graphs_interface(x_graphs: Callable[[str], Path], 
         for part in ("key", "value")
     }
     assert signature["limits"] == {"input_ids": VOCAB}
-    dtype = PRECISIONS[precision].dtype
+    dtype = FLOAT_TYPES[precision].dtype
     assert manifest["cache"] == {
         "max_len": MAX_LEN,
         "dtype": dtype,
@@ -411,5 +411,5 @@ def lowered(family: Family, config: DecoderConfig, max_len: int = MAX_LEN) -> ir
     """The fp32 graph of a decoder, without weights."""
     layout = LAYOUTS["portable"]
     decoder = build_on_meta(config, torch.float32)
-    cache = cache_spec(decoder, max_len, PRECISIONS["fp32"])
+    cache = cache_spec(decoder, max_len, "float32")
     return trace(decoder, layout, layout.signature(config, cache, 8), cache, family.tensor_names(config), Quiet())

@@ -15,14 +15,14 @@ from vision_export import CONFIG
 from exporter.capture import build_encoder_on_meta, build_on_meta
 from exporter.layouts import LAYOUTS
 from exporter.pipeline import trace, trace_encoder
-from exporter.precision import PRECISIONS, cache_spec, vision_spec
+from exporter.precision import FLOAT_TYPES, cache_spec, vision_spec
 from exporter.progress import Quiet
 from graphs.families import find_family
 
 family = find_family(CONFIG)
-config, layout, precision = family.parse_config(CONFIG), LAYOUTS["portable"], PRECISIONS["bf16"]
+config, layout, precision = family.parse_config(CONFIG), LAYOUTS["portable"], FLOAT_TYPES["bf16"]
 decoder = build_on_meta(config, torch.bfloat16)
-cache, vision = cache_spec(decoder, 4096, precision), vision_spec(config, precision, 4)
+cache, vision = cache_spec(decoder, 4096, precision.dtype), vision_spec(config, precision.dtype, 4)
 signature = layout.signature(config, cache, 8, vision)
 text = trace(decoder, layout, signature, cache, family.tensor_names(config), Quiet(), vision=vision)
 signature = layout.encoder_signature(config, vision, 8)

@@ -18,7 +18,7 @@ from torch import Tensor
 import exporter.weights as weights
 from exporter.errors import ExportError
 from exporter.pipeline import ExportRequest, export
-from exporter.precision import PRECISIONS
+from exporter.precision import FLOAT_TYPES
 from exporter.weights import WeightPlan, plan_weights, write_weights
 from graphs.checkpoint import TensorRef, open_checkpoint
 from runtimes.artifact import open_artifact
@@ -60,7 +60,7 @@ def write(
 ) -> tuple[WeightPlan, list[str], list[int]]:
     """Plan and write; (plan, names of the files written, bytes reported to the progress display)."""
     checkpoint = open_checkpoint(folder)
-    plan = plan_weights(checkpoint, refs(checkpoint.tensors if names is None else names), PRECISIONS[precision], mode)
+    plan = plan_weights(checkpoint, refs(checkpoint.tensors if names is None else names), FLOAT_TYPES[precision], mode)
     out.mkdir()
     reported: list[int] = []
     files = write_weights(plan, lambda name: out / name, reported.append)
@@ -99,7 +99,7 @@ def test_casts_equal_torchs_bit_for_bit(
     folder = make_checkpoint(tmp_path / "source", tensors)
     write(folder, tmp_path / "out", target)
     found = load_file(tmp_path / "out" / "model.safetensors")
-    dtype = getattr(torch, PRECISIONS[target].dtype)
+    dtype = getattr(torch, FLOAT_TYPES[target].dtype)
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
         expected = tensor.to(dtype)
@@ -147,7 +147,7 @@ def test_cast_file_is_aligned_and_complete(precision: str, tmp_path: Path, x_tin
     with safe_open(path, framework="pt") as ours, safe_open(x_tiny / "model.safetensors", framework="pt") as theirs:
         assert sorted(ours.keys()) == sorted(theirs.keys())
         for name in ours.keys():  # noqa: SIM118  (not a dict)
-            expected = theirs.get_tensor(name).to(getattr(torch, PRECISIONS[precision].dtype))
+            expected = theirs.get_tensor(name).to(getattr(torch, FLOAT_TYPES[precision].dtype))
             assert bits(ours.get_tensor(name)) == bits(expected), name
 
 
@@ -249,7 +249,7 @@ def test_a_checkpoint_that_shrinks_is_noticed(tmp_path: Path) -> None:
     """A file that is cut short between opening and reading is an error, not garbage."""
     folder = make_checkpoint(tmp_path / "source", {"t": torch.ones(1000)})
     checkpoint = open_checkpoint(folder)
-    plan = plan_weights(checkpoint, refs(["t"]), PRECISIONS["fp16"], "copy")
+    plan = plan_weights(checkpoint, refs(["t"]), FLOAT_TYPES["fp16"], "copy")
     os.truncate(folder / "model.safetensors", 500)
     (tmp_path / "out").mkdir()
     with pytest.raises(ExportError, match=r"ended while t was being read"):
@@ -262,8 +262,8 @@ def test_a_checkpoint_that_shrinks_is_noticed(tmp_path: Path) -> None:
 def test_reference_plans_nothing_to_write(x_tiny: Path) -> None:
     """Nothing is copied or cast, and the tensors lie where the safetensors library finds them."""
     checkpoint = open_checkpoint(x_tiny)
-    plan = plan_weights(checkpoint, refs(checkpoint.tensors), PRECISIONS["fp32"], "reference")
-    assert (plan.copies, plan.casts, plan.nbytes) == ((), {}, 0)
+    plan = plan_weights(checkpoint, refs(checkpoint.tensors), FLOAT_TYPES["fp32"], "reference")
+    assert (plan.copies, plan.jobs, plan.nbytes) == ((), (), 0)
     data = (x_tiny / "model.safetensors").read_bytes()
     for name, tensor in load_file(x_tiny / "model.safetensors").items():
         placed = plan.placed[name]
@@ -274,7 +274,7 @@ def test_reference_refuses_casts(x_tiny: Path) -> None:
     """The message counts and names the tensors that would have to be cast, and says what to do."""
     checkpoint = open_checkpoint(x_tiny)
     with pytest.raises(ExportError) as error:
-        plan_weights(checkpoint, refs(checkpoint.tensors), PRECISIONS["fp16"], "reference")
+        plan_weights(checkpoint, refs(checkpoint.tensors), FLOAT_TYPES["fp16"], "reference")
     message = str(error.value)
     assert "29 of 29 tensors differ" in message
     assert "model.embed_tokens.weight is F32" in message
@@ -287,7 +287,7 @@ def test_reference_refuses_links(tmp_path: Path, x_tiny: Path) -> None:
     (tmp_path / "model.safetensors").symlink_to(x_tiny / "model.safetensors")
     checkpoint = open_checkpoint(tmp_path)
     with pytest.raises(ExportError, match=r"model\.safetensors is a symbolic link.*--weights copy"):
-        plan_weights(checkpoint, refs(checkpoint.tensors), PRECISIONS["fp32"], "reference")
+        plan_weights(checkpoint, refs(checkpoint.tensors), FLOAT_TYPES["fp32"], "reference")
 
 
 def test_links_are_copied_by_content(tmp_path: Path, x_tiny: Path) -> None:

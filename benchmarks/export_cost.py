@@ -102,7 +102,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parameters", type=float, default=250, help="in millions")
-    parser.add_argument("--precision", action="append", help="fp32, fp16, bf16; may be repeated")
+    parser.add_argument("--precision", action="append", help="fp32, fp16, bf16, int8, int4, ..; may be repeated")
     parser.add_argument("--target", default="onnx")
     parser.add_argument("--verify", action="store_true")
     parser.add_argument("--json", action="store_true")

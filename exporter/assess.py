@@ -7,12 +7,11 @@ from exporter.precision import FloatType
 from exporter.progress import Progress
 from exporter.quality import measure_quality, open_pair
 from exporter.source import Source
-from exporter.text import read_bos, read_tokens, sample_tokens
+from exporter.text import find_tokens
 from exporter.weight_choice import WeightChoice
 from exporter.weights import WeightPlan
 from graphs.checkpoint import FLOAT_DTYPES, Checkpoint
 from runtimes.quality import QualityReport
-from runtimes.tokenizer import Tokenizer
 
 EVAL_SAMPLES = 16
 EVAL_LENGTH = 64
@@ -38,12 +37,11 @@ def _rounds(choice: WeightChoice) -> bool:
     return not choice.kept
 
 
-def bytes_per_weight(source: Source, plan: WeightPlan) -> float:
+def bytes_per_weight(plan: WeightPlan) -> float:
     """Bytes of the weights as stored, scales included, for each number of the model."""
-    tensors = plan.stored
     count = sum(math.prod(weight.shape) for weight in plan.quantized.values())
     count += sum(math.prod(tensor.shape) for tensor in plan.placed.values())
-    return sum(tensor.nbytes for tensor in tensors) / count
+    return sum(tensor.nbytes for tensor in plan.stored) / count
 
 
 def assess(
@@ -58,13 +56,8 @@ def assess(
         return None
     rounded_to = None if source.choices else FLOAT_DTYPES[source.precision.safetensors][0]
     pair = open_pair(source.family, source.config, source.checkpoint, stored, rounded_to)
-    length = min(EVAL_LENGTH, source.config.max_position_embeddings)
-    if eval_text is None:
-        text = "sampled from the model itself"
-        progress.start("sample text to measure quality on", EVAL_SAMPLES * (length - 1))
-        bos = read_bos(source.checkpoint.config, source.config.vocab_size)
-        tokens = sample_tokens(pair.original, EVAL_SAMPLES, length, EVAL_SEED, bos, progress)
-    else:
-        text = eval_text.name
-        tokens = read_tokens(eval_text, Tokenizer(source.files), EVAL_SAMPLES, length)
-    return measure_quality(pair, tokens.numpy(), text, source.files, bytes_per_weight(source, plan), progress)
+    text = "sampled from the model itself" if eval_text is None else eval_text.name
+    tokens = find_tokens(
+        source, eval_text, EVAL_SAMPLES, EVAL_LENGTH, EVAL_SEED, "measure quality on", progress, pair.original
+    )
+    return measure_quality(pair, tokens.numpy(), text, source.files, bytes_per_weight(plan), progress)

@@ -228,7 +228,7 @@ def check_request(request: ExportRequest) -> None:
 
 def check_source(request: ExportRequest, source: Source) -> None:
     """Refuse what this checkpoint does not allow; ExportError."""
-    refuse_for_engines(source.choices, request.targets)
+    refuse_for_engines(source.choices, [name for name in request.targets if TARGETS[name].finish is not None])
     if request.requantize and not source.checkpoint.packed:
         raise ExportError(f"--requantize: {request.checkpoint} holds no quantized weights; leave it out")
     if request.weights == "reference" and source.choices:
@@ -320,7 +320,7 @@ def quantization_summary(source: Source, plan: WeightPlan, quantizer: str) -> di
     return {
         "quantizer": quantizer if made else "none: the checkpoint's own codes",
         "formats": dict(sorted(formats.items())),
-        "bytes_per_weight": round(bytes_per_weight(source, plan), 4),
+        "bytes_per_weight": round(bytes_per_weight(plan), 4),
     }
 
 

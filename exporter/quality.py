@@ -164,8 +164,8 @@ def _run(pair: Pair, tokens: Tensor, progress: Progress, errors: list[LayerError
             before = original[:LOCAL_ROWS]
             alone = second(before, None, positions)
             original, stored = first(original, None, positions), second(stored, None, positions)
-            added = _rms(original[:LOCAL_ROWS] - before)
-            difference = _rms(alone - original[:LOCAL_ROWS])
+            added = rms(original[:LOCAL_ROWS] - before)
+            difference = rms(alone - original[:LOCAL_ROWS])
             errors.append(LayerError(layer=f"layers.{index}", error=difference / added if added else 0.0))
             progress.advance(1)
     return original, stored
@@ -187,5 +187,6 @@ def _logits(pair: Pair, hidden: tuple[Tensor, Tensor], tokens: Tensor) -> Iterat
             yield original, stored, following.flatten()[part]
 
 
-def _rms(x: Tensor) -> float:
-    return float(x.double().square().mean().sqrt())
+def rms(x: Tensor) -> float:
+    """Root mean square; 0 of no numbers."""
+    return float(x.double().square().mean().sqrt()) if x.numel() else 0.0

@@ -14,15 +14,13 @@ from exporter.progress import Progress
 from exporter.quantizers import QUANTIZERS
 from exporter.quantizers.calibration import calibrate
 from exporter.quantizers.work import Calibrated
-from exporter.reference import Reference
 from exporter.source import Source
-from exporter.text import read_bos, read_tokens, sample_tokens
+from exporter.text import find_tokens
 from exporter.weight_choice import WeightChoice
 from exporter.weights import WeightPlan, plan_choices, plan_weights
 from graphs.checkpoint import TensorRef
 from graphs.quantization import QuantizedTensor
 from runtimes.artifact import sha256_of
-from runtimes.tokenizer import Tokenizer
 
 DEFAULT_QUANTIZER = "rtn"
 CALIBRATION_SAMPLES = 64
@@ -67,12 +65,12 @@ def calibrate_source(
     }
     if not formats or not QUANTIZERS[quantizer].needs_calibration:
         return None
-    length = min(CALIBRATION_LENGTH, source.config.max_position_embeddings)
     origin: list[object] = (
         ["sampled", CALIBRATION_SEED] if text is None else ["text", sha256_of(text) if text.is_file() else ""]
     )
-    progress.start("sample text to calibrate on" if text is None else "read text to calibrate on", None)
-    tokens = _tokens(source, text, length, progress)
+    tokens = find_tokens(
+        source, text, CALIBRATION_SAMPLES, CALIBRATION_LENGTH, CALIBRATION_SEED, "calibrate on", progress
+    )
     results = calibrate(
         quantizer,
         {parameter: ref for ref, parameter in parameters.items()},
@@ -83,18 +81,9 @@ def calibrate_source(
         getattr(torch, source.precision.dtype),
         work,
         progress,
-        fingerprint=_fingerprint(source, quantizer, origin, length),
+        fingerprint=_fingerprint(source, quantizer, origin, tokens.shape[1]),
     )
     return Calibration(results=results, parameters=parameters)
-
-
-def _tokens(source: Source, text: Path | None, length: int, progress: Progress) -> torch.Tensor:
-    if text is not None:
-        return read_tokens(text, Tokenizer(source.files), CALIBRATION_SAMPLES, length)
-    progress.start("sample text to calibrate on", CALIBRATION_SAMPLES * (length - 1))
-    model = Reference(source.family, source.config, source.checkpoint, torch.float32)
-    bos = read_bos(source.checkpoint.config, source.config.vocab_size)
-    return sample_tokens(model, CALIBRATION_SAMPLES, length, CALIBRATION_SEED, bos, progress)
 
 
 def _unique(choice: WeightChoice) -> str:

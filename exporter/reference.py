@@ -152,11 +152,7 @@ class Reference:
         self._set_lengths(positions, calls)
         length = len(tokens)
         position_ids = torch.tensor([list(positions)], device=self.device)
-        past = [
-            tuple(tensor.zeros(1, self.dtype, self.device) for tensor in layer)
-            for layer in self.decoder.state(length)
-            if layer
-        ]
+        past = self._empty_state(1, length)
         logits, present = self.decoder.step(
             torch.tensor([list(tokens)], device=self.device),
             position_ids,
@@ -176,6 +172,14 @@ class Reference:
         if sight is None or tokens is None:
             return self._no_images(1, length)
         return sight.mask(self.device), [attn.keys_values(tokens) for attn in self._cross_attention()]
+
+    def _empty_state(self, rows: int, length: int) -> list[tuple[Tensor, ...]]:
+        """What `step` takes as the past of `rows` rows that nothing was fed yet."""
+        return [
+            tuple(tensor.zeros(rows, self.dtype, self.device) for tensor in layer)
+            for layer in self.decoder.state(length)
+            if layer
+        ]
 
     def _no_images(self, rows: int, length: int) -> tuple[Any, ...]:
         """What `step` takes beside the cache, for rows that see nothing."""
@@ -197,11 +201,7 @@ class Reference:
         rows, ones = len(first), torch.ones((len(first), length), dtype=torch.int64, device=self.device)
         tokens = torch.zeros((rows, length), dtype=torch.int64)
         tokens[:, 0] = first
-        state = [
-            tuple(tensor.zeros(rows, self.dtype, self.device) for tensor in layer)
-            for layer in self.decoder.state(length)
-            if layer
-        ]
+        state = self._empty_state(rows, length)
         self._set_lengths(None, ())
         for position in range(length - 1):
             logits, state = self.decoder.step(

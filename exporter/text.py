@@ -12,10 +12,39 @@ from torch import Tensor
 from exporter.errors import ExportError
 from exporter.progress import Progress
 from exporter.reference import Reference
+from exporter.source import Source
 from runtimes.tokenizer import Tokenizer
 
 MOST_CHARACTERS = 64  # of a token, on average: no more of a file is read than rows can be made of
 STATE_BYTES = 1 << 30  # of the rows that are sampled together
+
+
+def find_tokens(
+    source: Source,
+    text: Path | None,
+    samples: int,
+    length: int,
+    seed: int,
+    purpose: str,
+    progress: Progress,
+    model: Reference | None = None,
+) -> Tensor:
+    """int64 [samples, length] of the user's text, or without one of what the model makes up; shorter where texts are.
+
+    Args:
+        purpose: what the text is for, in words.
+        model: the source's, in float32, where there is one already.
+
+    Raises:
+        ExportError: the text is too short, or not text.
+    """
+    length = min(length, source.config.max_position_embeddings)
+    if text is not None:
+        return read_tokens(text, Tokenizer(source.files), samples, length)
+    progress.start(f"sample text to {purpose}", samples * (length - 1))
+    model = model or Reference(source.family, source.config, source.checkpoint, torch.float32)
+    bos = read_bos(source.checkpoint.config, source.config.vocab_size)
+    return sample_tokens(model, samples, length, seed, bos, progress)
 
 
 def read_tokens(path: Path, tokenizer: Tokenizer, samples: int, length: int) -> Tensor:

@@ -4,9 +4,9 @@ Parity takes the written weights as they are; this compares them with the checkp
 """
 
 import torch
-from torch import Tensor
 
 from exporter.progress import Progress
+from exporter.quality import rms
 from exporter.quantizers import rtn
 from exporter.source import Source
 from exporter.weight_choice import WeightChoice
@@ -46,8 +46,8 @@ def _compare(source: Source, stored: Checkpoint, ref: TensorRef, choice: WeightC
     original = source.checkpoint.load(ref, torch.float64)
     # a weight is quantized, as the checkpoint holds it, in float32
     written = stored.load(ref, torch.float64)
-    size = _rms(original) or 1.0
-    error = _rms(written - original) / size
+    size = rms(original) or 1.0
+    error = rms(written - original) / size
     own = 0.0
     if choice.format is None:
         name = "float weights"
@@ -59,7 +59,7 @@ def _compare(source: Source, stored: Checkpoint, ref: TensorRef, choice: WeightC
         name = f"weights in {choice.format}"
         scale_dtype = getattr(torch, source.precision.dtype)
         rounded = rtn.quantize(original.float(), choice.format, scale_dtype).dequantize(torch.float64)
-        own = _rms(rounded - original) / size
+        own = rms(rounded - original) / size
         limit = multiple * own + MACHINE_EPSILON["float32"]
     return Rung(
         name=name,
@@ -76,7 +76,3 @@ def _compare(source: Source, stored: Checkpoint, ref: TensorRef, choice: WeightC
 
 def _excess(rung: Rung) -> float:
     return rung.rms_error / rung.rms_limit if rung.rms_limit else float("inf") if rung.rms_error else 0.0
-
-
-def _rms(x: Tensor) -> float:
-    return float(x.double().square().mean().sqrt()) if x.numel() else 0.0

@@ -1,7 +1,7 @@
 """Which weight is stored how: the precision that was asked for, met with what the checkpoint holds."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -88,7 +88,7 @@ def choose_weights(
                 if choice.format is not None and not choice.kept and not requantize:
                     refused.append(f"{ref.label} ({packed.kind}{': ' + packed.reason if packed.reason else ''})")
             if choice.format is not None and not choice.kept:
-                inputs = checkpoint.shapes[ref.name if packed is None else packed.name][-1]
+                inputs = checkpoint.shape_of(ref)[-1]
                 choice = dataclasses.replace(choice, stored=fit_block(choice.format, inputs))
             choices[ref] = choice
     precision.check_overrides(multiply)
@@ -121,9 +121,8 @@ def _keep(
     return choice
 
 
-def refuse_for_engines(choices: Choices, targets: tuple[str, ...]) -> None:
-    """ExportError where an engine is asked for that could not have some weights' codes as they are."""
-    engines = [target for target in targets if target.startswith("tensorrt")]
+def refuse_for_engines(choices: Choices, engines: Sequence[str]) -> None:
+    """ExportError where engines are asked for, which could not have some weights' codes as they are."""
     for what, names in (
         ("zero points", [ref.label for ref, choice in choices.items() if choice.has_zero_points]),
         ("scales below 0", [ref.label for ref, choice in choices.items() if choice.has_negative_scales]),

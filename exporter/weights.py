@@ -130,10 +130,10 @@ def plan_choices(
             entries[ref.label] = own.describe(choice.stored, shape, zero_points=zero_points)
             jobs[ref.label] = _quantize_job(checkpoint, ref, choice, precision, quantize)
         elif ref in changed:
-            jobs[ref.label] = _numbers_job(checkpoint, ref.label, ref, choice.stored, changed[ref])
+            jobs[ref.label] = _numbers_job(checkpoint, ref, choice.stored, changed[ref])
         elif choice.packed is not None:
             numbers = functools.partial(checkpoint.load, ref, torch.float64)
-            jobs[ref.label] = _numbers_job(checkpoint, ref.label, ref, choice.stored, numbers)
+            jobs[ref.label] = _numbers_job(checkpoint, ref, choice.stored, numbers)
         elif ref.name not in jobs:
             jobs[ref.name] = _cast_job(checkpoint.tensors[ref.name], choice.stored.safetensors)
     metadata = {own.METADATA_KEY: json.dumps(entries, separators=(",", ":"))} if entries else {}
@@ -152,11 +152,8 @@ def plan_choices(
 
 
 def _shape(checkpoint: Checkpoint, ref: TensorRef) -> tuple[int, int]:
-    packed = checkpoint.find_packed(ref)
-    shape = checkpoint.shapes[ref.name] if packed is None else packed.shape
-    outputs, inputs = shape
-    whole = ref.rows is None or (packed is not None and packed.name == ref.label)
-    return (outputs if whole or ref.rows is None else ref.rows[1] - ref.rows[0]), inputs
+    outputs, inputs = checkpoint.shape_of(ref)
+    return outputs, inputs
 
 
 def _quantize_job(
@@ -206,18 +203,13 @@ def _require_scales(tensor: QuantizedTensor, ref: TensorRef, precision: Precisio
         )
 
 
-def _numbers_job(
-    checkpoint: Checkpoint, name: str, ref: TensorRef, stored: FloatType, numbers: Callable[[], Tensor]
-) -> Job:
+def _numbers_job(checkpoint: Checkpoint, ref: TensorRef, stored: FloatType, numbers: Callable[[], Tensor]) -> Job:
     """One whole tensor of floats, from numbers that are computed."""
-    shape = tuple(checkpoint.shapes[ref.name if ref.label not in checkpoint.packed else ref.label])
-    if ref.rows is not None and ref.label not in checkpoint.packed:
-        shape = (ref.rows[1] - ref.rows[0], *shape[1:])
 
     def make() -> Iterable[memoryview]:
-        yield _bytes(_cast(numbers(), name, stored.safetensors).contiguous())
+        yield _bytes(_cast(numbers(), ref.label, stored.safetensors).contiguous())
 
-    return Job(outputs=(_output(name, stored.safetensors, shape),), make=make)
+    return Job(outputs=(_output(ref.label, stored.safetensors, checkpoint.shape_of(ref)),), make=make)
 
 
 def _cast_job(tensor: StoredTensor, dtype: str) -> Job:

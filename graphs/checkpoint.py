@@ -132,8 +132,8 @@ class Checkpoint:
         packed = self.find_packed(ref)
         if packed is None or packed.read is None:
             return None
-        tensor = packed.read()
-        return tensor if ref.rows is None or packed.name == ref.label else tensor.rows(*ref.rows)
+        tensor, rows = packed.read(), _rows_of(packed, ref)
+        return tensor if rows is None else tensor.rows(*rows)
 
     def load(self, ref: "TensorRef", dtype: torch.dtype | None = None) -> Tensor:
         """The numbers that `ref` refers to: plain ones in their stored dtype, mapped; packed ones computed in `dtype`
@@ -142,8 +142,14 @@ class Checkpoint:
         if packed is None:
             part = self.tensors.get(ref.label)
             return load_tensor(ref.slice(self.tensors[ref.name]) if part is None else part)
-        numbers = packed.dequantize(dtype or torch.float32)
-        return numbers if ref.rows is None or packed.name == ref.label else numbers[slice(*ref.rows)]
+        numbers, rows = packed.dequantize(dtype or torch.float32), _rows_of(packed, ref)
+        return numbers if rows is None else numbers[slice(*rows)]
+
+    def shape_of(self, ref: "TensorRef") -> tuple[int, ...]:
+        """The shape of what `ref` refers to."""
+        tensor = self.find_packed(ref) or self.tensors.get(ref.label) or self.tensors[ref.name]
+        rows = _rows_of(tensor, ref)
+        return tensor.shape if rows is None else (rows[1] - rows[0], *tensor.shape[1:])
 
     @property
     def dtype(self) -> str:
@@ -158,6 +164,11 @@ class Checkpoint:
         """Elements in the named tensors, each counted once."""
         shapes = self.shapes
         return sum(math.prod(shapes[name]) for name in set(names))
+
+
+def _rows_of(tensor: StoredTensor | PackedTensor, ref: TensorRef) -> tuple[int, int] | None:
+    """Which rows of a tensor that was found for `ref` it means; None: all, of one that holds just these."""
+    return None if tensor.name == ref.label else ref.rows
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

@@ -144,11 +144,17 @@ def round_scales(scales: Tensor, format: WeightFormat, scale_dtype: torch.dtype)
     if format.has_tensor_scale:
         # NVIDIA's recipe: the largest block scale becomes float8's largest number
         tensor_scale = max(float(scales.max()) / FP8_MAX, torch.finfo(torch.float32).tiny)
+        return storable(scales / tensor_scale, format, scale_dtype), tensor_scale
+    return storable(scales, format, scale_dtype), 1.0
+
+
+def storable(scales: Tensor, format: WeightFormat, scale_dtype: torch.dtype) -> Tensor:
+    """The scales that can be stored nearest to these, above 0; nvfp4's beside a tensor scale that is fixed already."""
+    if format.has_tensor_scale:
         smallest = 2.0**-9  # of float8 e4m3
-        rounded = (scales / tensor_scale).clamp(smallest, FP8_MAX).to(torch.float8_e4m3fn).float()
-        return rounded, tensor_scale
+        return scales.clamp(smallest, FP8_MAX).to(torch.float8_e4m3fn).float()
     # a block of zeros has any scale; one that 16 bits cannot express would divide by zero
-    return scales.clamp(min=torch.finfo(scale_dtype).tiny).to(scale_dtype).float(), 1.0
+    return scales.clamp(min=torch.finfo(scale_dtype).tiny).to(scale_dtype).float()
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:

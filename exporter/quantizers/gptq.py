@@ -15,7 +15,7 @@ from exporter.errors import ExportError
 from exporter.quantizers import mse
 from exporter.quantizers.chunks import cat_rows, row_chunks
 from exporter.quantizers.streaming import NOT_FINITE, StreamedLayer
-from graphs.quantization import QuantizedTensor, WeightFormat, code_values, largest_scales, nearest_codes
+from graphs.quantization import QuantizedTensor, WeightFormat, code_values, largest_scales, nearest_codes, storable
 
 DAMPING = 0.03  # times the mean of the Hessian's diagonal, which is added to it: little text says little
 MENDING = 0.5  # how much of the earlier layers' error is mended; all of it would follow this text too closely
@@ -158,7 +158,7 @@ def _feed_errors_forward(
             if j % block == 0:
                 group = w_KN[j : j + block].T.contiguous().unsqueeze(1)  # [N, 1, B], up to date: see BATCH
                 largest = group.abs().amax(dim=2) / format.grid.largest / tensor_scale
-                start = mse.storable(largest, format, scale_dtype)
+                start = storable(largest, format, scale_dtype)
                 found = mse.search_scales(group, start, format, scale_dtype, tensor_scale, costs[None, j : j + block])
                 scales[j // block] = found[:, 0]
             scale = scales[j // block] * tensor_scale

@@ -5,13 +5,12 @@ from torch import Tensor
 
 from exporter.quantizers.chunks import cat_rows, row_chunks
 from graphs.quantization import (
-    FP8_MAX,
     QuantizedTensor,
     WeightFormat,
     code_values,
     largest_scales,
     nearest_codes,
-    round_scales,
+    storable,
     with_scales,
 )
 
@@ -74,10 +73,3 @@ def search_scales(
         fitted = (weighted * groups).sum(dim=2) / (weighted * best_values).sum(dim=2).clamp(min=1e-30) / tensor_scale
         consider(torch.where(fitted > 0, storable(fitted, format, scale_dtype), best))
     return best
-
-
-def storable(scales: Tensor, format: WeightFormat, scale_dtype: torch.dtype) -> Tensor:
-    """The scales that can be stored nearest to these, beside a tensor scale that is fixed already."""
-    if format.has_tensor_scale:
-        return scales.clamp(2.0**-9, FP8_MAX).to(torch.float8_e4m3fn).float()
-    return round_scales(scales, format, scale_dtype)[0]

@@ -11,6 +11,7 @@ import numpy as np
 
 from runtimes.artifact import open_artifact
 from runtimes.decoding import Decoding
+from runtimes.errors import ArtifactError, FeedError, RuntimeMissingError
 from runtimes.generation import read_stop_ids
 from runtimes.images import ImageProcessor
 from runtimes.runner import open_runner
@@ -39,4 +40,10 @@ def main(folder: str, text: str, pictures: list[str], max_new_tokens: int = 32) 
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3:])
+    try:
+        if len(sys.argv) < 3:
+            raise FeedError("expected an artifact, a text and its pictures: embed_vision.py ARTIFACT TEXT PICTURE...")
+        main(sys.argv[1], sys.argv[2], sys.argv[3:])
+    except (ArtifactError, FeedError, RuntimeMissingError) as error:
+        print(f"embed: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -17,67 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-
-VOCAB_SIZE = 32000
-LAYERS = 16
-
-
-def write_checkpoint(folder: Path, millions: float) -> int:
-    """A random float32 Llama checkpoint of about `millions` million parameters, written tensor by tensor."""
-    hidden = 64
-    while _parameters(hidden) < millions * 1e6:
-        hidden += 64
-    shapes = _shapes(hidden)
-    entries, end = {}, 0
-    for name, shape in shapes.items():
-        nbytes = 4 * int(np.prod(shape))
-        entries[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [end, end + nbytes]}
-        end += nbytes
-    header = json.dumps(entries).encode()
-    header += b" " * (-len(header) % 8)
-    rng = np.random.default_rng(0)
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        for name, shape in shapes.items():
-            if "norm" in name:
-                file.write(np.ones(shape, np.float32).tobytes())
-            else:
-                file.write((rng.standard_normal(shape, np.float32) * 0.02).tobytes())
-    config = {
-        "model_type": "llama",
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": hidden,
-        "intermediate_size": hidden * 11 // 4,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": hidden // 64,
-        "num_key_value_heads": hidden // 64,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "tie_word_embeddings": True,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    return _parameters(hidden)
-
-
-def _shapes(hidden: int) -> dict[str, tuple[int, ...]]:
-    mlp = hidden * 11 // 4
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (VOCAB_SIZE, hidden),
-        "model.norm.weight": (hidden,),
-    }
-    for layer in range(LAYERS):
-        prefix = f"model.layers.{layer}."
-        shapes |= {f"{prefix}self_attn.{name}_proj.weight": (hidden, hidden) for name in "qkvo"}
-        shapes |= {f"{prefix}mlp.{name}_proj.weight": (mlp, hidden) for name in ("gate", "up")}
-        shapes[f"{prefix}mlp.down_proj.weight"] = (hidden, mlp)
-        shapes |= {f"{prefix}{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
-    return shapes
-
-
-def _parameters(hidden: int) -> int:
-    return sum(int(np.prod(shape)) for shape in _shapes(hidden).values())
+from random_checkpoint import write_checkpoint
 
 
 def measure(checkpoint: Path, out: Path, precision: str, verify: bool, target: str) -> dict[str, float | str]:

@@ -19,8 +19,6 @@ from runtimes.errors import ArtifactError, FeedError, RuntimeMissingError
 
 if TYPE_CHECKING:
     from runtimes.artifact import Artifact, Manifest
-    from runtimes.beam_search import BeamSearch
-    from runtimes.generation import Generation
     from runtimes.parity import ParitySummary
     from runtimes.quality import QualityReport
     from runtimes.runner import Runner
@@ -32,13 +30,18 @@ EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, as of a program that does not catch it
 EXIT_TERMINATED = 143
 
+DEFAULT_ARCHS = {"torch": "processors like the one it was compiled on"}  # by target: of engines that name no GPU
+
 FOLDER = click.Path(path_type=Path)
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
 _quiet_option = click.option("--quiet", is_flag=True, help="No progress on stderr.")
 _runtime_option = click.option(
-    "--runtime", default="onnxruntime", show_default=True, help="onnxruntime, tensorrt or tensorrt-rtx."
+    "--runtime",
+    default="onnxruntime",
+    show_default=True,
+    help="onnxruntime, tensorrt, tensorrt-rtx, aoti, or PyTorch itself: eager, compiled.",
 )
-_device_option = click.option("--device", help="For onnxruntime: cpu or cuda.  [default: cuda where it can be used]")
+_device_option = click.option("--device", help="cpu or cuda; not for tensorrt.  [default: cuda where it can be used]")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -55,9 +58,15 @@ def cli() -> None:
     "targets",
     multiple=True,
     default=("onnx",),
-    help="onnx (always made), tensorrt-rtx, tensorrt; may be repeated.",
+    help="onnx (always made), tensorrt-rtx, tensorrt, torch; may be repeated.",
 )
-@click.option("--layout", default="portable", show_default=True, help="How the ONNX graph carries its cache.")
+@click.option(
+    "--layout",
+    default="portable",
+    show_default=True,
+    help="How the ONNX graph carries its cache: portable, dynamic (Optimum, transformers.js) or genai.",
+)
+@click.option("--client", help="Give files the names that this client looks for: transformers-js.")
 @click.option(
     "--precision",
     help="fp32, fp16, bf16, int8, int4, fp8 or nvfp4; also such as int4:block=64,lm_head=int8,embed=fp16."
@@ -122,22 +131,14 @@ def verify(
     artifact: Path, reference: Path | None, runtime: str, device: str | None, as_json: bool, quiet: bool
 ) -> None:
     """Check every file's hash, then compare ARTIFACT with eager PyTorch; exit 1 when it differs."""
-    from exporter.verify import onnx_targets, verify_artifact
+    from exporter.verify import artifact_targets, verify_artifact
     from runtimes.artifact import open_artifact
 
     with _progress(quiet) as progress:
         progress.start("check hashes")
         opened = open_artifact(artifact)
         if runtime == "onnxruntime":
-            graph = opened.manifest.graphs["decoder"]
-            targets = onnx_targets(
-                opened.path(graph.file),
-                graph.signature,
-                opened.manifest.cache,
-                device,
-                opened.vision_part(),
-                quantized=opened.manifest.quantization is not None,
-            )
+            targets = artifact_targets(opened, device)
         else:
             targets = {runtime: lambda: _open_runner(opened, runtime, device)}
         summary = verify_artifact(opened, targets, reference, progress)
@@ -168,111 +169,35 @@ def verify(
 @click.option("--length-penalty", type=float, help="Beam search: above 0 favours long texts.  [default: 1]")
 @click.option("--stop", "stop_strings", multiple=True, help="End before this text; may be repeated.")
 @click.option("--logprobs", is_flag=True, help="With --json: the log-probability of each prompt and output token.")
+@click.option("--save-prefix", type=FOLDER, metavar="FILE", help="Keep what the prompt leaves in the cache.")
+@click.option(
+    "--prefix", type=FOLDER, metavar="FILE", help="Start from such a file: the prompt begins with what it was saved of."
+)
+@click.option(
+    "--prefill-chunk", type=int, metavar="N", help="Feed the prompt N tokens at a time: long ones need less memory."
+)
+@click.option("--draft", type=FOLDER, metavar="ARTIFACT", help="Smaller model that proposes tokens; the text stays.")
+@click.option("--draft-tokens", type=int, metavar="K", help="Tokens that the draft proposes at a time.  [default: 4]")
 @_runtime_option
 @_device_option
 @_json_option
-def generate(
-    artifact: Path,
-    prompt: str,
-    images: tuple[Path, ...],
-    max_new_tokens: int | None,
-    num_beams: int,
-    length_penalty: float | None,
-    stop_strings: tuple[str, ...],
-    logprobs: bool,
-    runtime: str,
-    device: str | None,
-    as_json: bool,
-    **sampling_options: Any,
-) -> None:
+def generate(runtime: str, device: str | None, as_json: bool, **options: Any) -> None:
     """Continue a prompt with ARTIFACT: greedily, by chance (--temperature) or by beam search (--num-beams)."""
-    from runtimes.artifact import open_artifact
-    from runtimes.generation import generate as run_generate
-    from runtimes.generation import read_stop_ids
-    from runtimes.images import show_images
-    from runtimes.sampling import Sampling
-    from runtimes.stopping import check_stop_strings
-    from runtimes.tokenizer import Tokenizer
+    from exporter.generate_command import SAMPLING_OPTIONS, GenerateRequest, describe_draft, open_all
 
-    sampling_options = {name: value for name, value in sampling_options.items() if value is not None}
-    _check_options(num_beams, length_penalty, sampling_options, logprobs, as_json)
-    sampling = Sampling(**sampling_options)
+    given = {name: options.pop(name) for name in SAMPLING_OPTIONS}
+    sampling = {name: value for name, value in given.items() if value is not None}
+    request = GenerateRequest(sampling=sampling, as_json=as_json, **options)
     with _progress(quiet=not sys.stderr.isatty()) as progress:
-        progress.start("check hashes")
-        opened = open_artifact(artifact)
-        tokenizer = Tokenizer(opened.folder)
-        check_stop_strings(stop_strings, tokenizer.decode)
-        prompt_ids = tokenizer.encode(prompt)
-        shown = show_images(opened, [prompt_ids], [images])
-        progress.start("load")
-        start = time.perf_counter()
-        opened_runner = _open_runner(opened, runtime, device)
-        load_s = time.perf_counter() - start
-    common: dict[str, Any] = {
-        "images": shown,
-        "stop_ids": read_stop_ids(opened.folder),
-        "stop_strings": stop_strings,
-        "decode": tokenizer.decode,
-        "logprobs": logprobs,
-    }
-    result: Generation | BeamSearch
-    beams: list[dict[str, Any]] = []
-    with opened_runner as runner:
-        if num_beams == 1:
-            show = None if as_json else lambda row, text: click.echo(text, nl=False)
-            result = run_generate(runner, [prompt_ids], max_new_tokens, sampling=sampling, on_text=show, **common)
-            (text,), (token_ids,), (finish_reason,) = result.texts, result.token_ids, result.finish_reasons
-            token_logprobs = result.token_logprobs[0] if logprobs else []
-        else:
-            from runtimes.beam_search import beam_search
-
-            if length_penalty is not None:
-                common["length_penalty"] = length_penalty
-            result = beam_search(runner, [prompt_ids], num_beams, max_new_tokens, **common)
-            best = result.hypotheses[0][0]
-            text, token_ids, finish_reason = best.text, best.token_ids, best.finish_reason
-            token_logprobs = best.token_logprobs
-            names = ("text", "token_ids", "finish_reason", "score")
-            beams = [{name: getattr(each, name) for name in names} for each in result.hypotheses[0]]
-            if not as_json:
-                click.echo(text, nl=False)
-    if not as_json:
-        click.echo()
+        opened = open_all(request, lambda artifact: _open_runner(artifact, runtime, device), progress)
+    with opened:
+        facts = opened.run(None if as_json else lambda text: click.echo(text, nl=False))
+    if as_json:
+        _print_json(facts)
         return
-    timings = {
-        "load_s": round(load_s, 4),
-        "prefill_s": round(result.prefill_s, 4),
-        "decode_s": round(result.decode_s, 4),
-        "decode_tokens_per_s": round(result.decode_steps / result.decode_s, 1) if result.decode_steps else None,
-    }
-    facts: dict[str, Any] = {
-        "text": text,
-        "prompt_ids": prompt_ids,
-        "token_ids": token_ids,
-        "finish_reason": finish_reason,
-        "timings": timings,
-    }
-    if logprobs:
-        facts |= {"token_logprobs": token_logprobs, "prompt_logprobs": result.prompt_logprobs[0]}
-    if beams:
-        facts["beams"] = beams
-    _print_json(facts)
-
-
-def _check_options(
-    num_beams: int, length_penalty: float | None, sampling_options: dict[str, Any], logprobs: bool, as_json: bool
-) -> None:
-    """FeedError for options of `generate` that say nothing together."""
-    if num_beams != 1 and sampling_options:
-        given = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in sampling_options.items())
-        raise FeedError(
-            f"{given} cannot go with --num-beams {num_beams}: beam search draws nothing by chance and takes tokens as"
-            " likely as the model does; leave out the one or the other"
-        )
-    if num_beams == 1 and length_penalty is not None:
-        raise FeedError(f"--length-penalty {length_penalty} is for beam search: set --num-beams above 1 as well")
-    if logprobs and not as_json:
-        raise FeedError("--logprobs is for --json: give both")
+    click.echo()
+    if "draft" in facts:
+        click.echo(describe_draft(facts), err=True)
 
 
 @cli.command()
@@ -304,6 +229,133 @@ def compare(artifacts: tuple[Path, ...], out: Path | None, as_json: bool) -> Non
             row += ["" if score is None else f"{100 * score.stored:.1f} %" for score in scores]
         table.add_row(*row, "passed" if each.passed else "FAILED")
     _print_table(table)
+
+
+@cli.command()
+@click.argument("artifact", type=FOLDER)
+@click.option("--format", "package_format", default="triton", show_default=True, help="triton: a model repository.")
+@click.option("-o", "--out", type=FOLDER, required=True, help="Repository to add the model to; may be new.")
+@click.option("--name", help="What the model is called there.  [default: the artifact's folder]")
+@click.option("--runtime", default="onnxruntime", show_default=True, help="onnxruntime or tensorrt, in the server.")
+@_device_option
+@click.option("--threads", type=int, help="Threads for one operator, on the CPU.  [default: one for each core]")
+@click.option("--max-sequences", type=int, help="Texts in work at a time, each with a cache.  [default: --max-batch]")
+@click.option(
+    "--idle-timeout",
+    "idle_timeout_s",
+    type=float,
+    default=60,
+    show_default=True,
+    help="Seconds after which the server forgets a text whose client is silent.",
+)
+@click.option("--force", is_flag=True, help="Replace a model of that name.")
+@_json_option
+@_quiet_option
+def package(package_format: str, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Write ARTIFACT as an inference server wants it: a model repository for Triton."""
+    from exporter.packaging import FORMATS
+    from exporter.packaging.request import PackageRequest
+
+    if package_format not in FORMATS:
+        raise ExportError(f"unknown --format {package_format!r}; known: {', '.join(FORMATS)}")
+    request = PackageRequest(**options)
+    with _progress(quiet) as progress:
+        made = FORMATS[package_format](request, progress)
+    for warning in made.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    if as_json:
+        models = [{"name": each.name, "files": each.files, "states": each.states} for each in made.models]
+        _print_json({"repository": str(request.out), "models": models, "warnings": made.warnings})
+        return
+    for each in made.models:
+        kept = f"{each.states} tensors, zero at first" if each.states else "nothing"
+        sizes = {name: f"{size:,} bytes" for name, size in each.files.items()}
+        _print_facts({"kept by the server": kept, **sizes}, title=str(each.folder))
+
+
+@cli.command()
+@click.argument("artifact", type=FOLDER)
+@click.option(
+    "--runtime",
+    "runtimes",
+    multiple=True,
+    default=("onnxruntime",),
+    help="What runs ARTIFACT; may be repeated. onnxruntime-genai runs artifacts of the layout genai.",
+)
+@click.option(
+    "--against",
+    multiple=True,
+    metavar="PEER|FOLDER[@RUNTIME]",
+    help="onnxruntime-genai, transformers, torch.compile, llama-cpp-python, `all` that are there, or another artifact;"
+    " may be repeated.",
+)
+@click.option("--checkpoint", type=FOLDER, help="What peers make their models of.  [default: an unrounded artifact's]")
+@click.option("--prompt-tokens", metavar="N,..", help="Prompt lengths.  [default: 128,512,2048, as far as they fit]")
+@click.option("--new-tokens", type=int, default=64, show_default=True, help="Tokens that are generated in each run.")
+@click.option("--batch-size", type=int, default=1, show_default=True)
+@click.option("--repeats", type=int, default=5, show_default=True, help="Runs of each contestant, in turn.")
+@click.option("--threads", type=int, help="[default: as many as there are cores]")
+@click.option(
+    "--peer-python",
+    "peer_pythons",
+    multiple=True,
+    metavar="[PEER=]PYTHON",
+    envvar="EXPORT_LLM_PEER_PYTHON",
+    help="Interpreter that runs a peer, or all of them; may be repeated.  [default: this one]",
+)
+@click.option("-o", "--out", "outs", type=FOLDER, multiple=True, help="Picture, or .json file; may be repeated.")
+@_json_option
+@_quiet_option
+def bench(
+    artifact: Path,
+    runtimes: tuple[str, ...],
+    against: tuple[str, ...],
+    checkpoint: Path | None,
+    prompt_tokens: str | None,
+    peer_pythons: tuple[str, ...],
+    outs: tuple[Path, ...],
+    as_json: bool,
+    quiet: bool,
+    **numbers: Any,
+) -> None:
+    """Measure how fast ARTIFACT loads, prefills and decodes on this machine's CPU, beside other runtimes."""
+    from exporter.bench.options import read_lengths, read_pythons
+    from exporter.bench.plan import make_plan
+    from exporter.bench.run import BenchRequest
+    from exporter.bench.run import bench as run_bench
+    from exporter.bench.tables import tables
+    from exporter.bench.written import check_writable, write
+    from runtimes.artifact import open_artifact
+
+    check_writable(outs)
+    with _progress(quiet) as progress:
+        progress.start("check hashes")
+        opened = open_artifact(artifact)
+        manifest = opened.manifest
+        lengths = read_lengths(prompt_tokens)
+        request = BenchRequest(
+            artifact=opened,
+            plan=make_plan(
+                max_len=manifest.cache.max_len, max_batch=manifest.max_batch, prompt_tokens=lengths, **numbers
+            ),
+            runtimes=runtimes,
+            against=against,
+            checkpoint=checkpoint,
+            pythons=read_pythons(peer_pythons),
+        )
+        report = run_bench(request, progress)
+    for out in outs:
+        write(report, out)
+    if as_json:
+        _print_json(report.to_dict())
+        return
+    for title, (columns, *rows) in tables(report).items():
+        table = _table(*columns, title=title)
+        for row in rows:
+            table.add_row(*row)
+        _print_table(table)
+    for peer, reason in report.not_run.items():
+        click.echo(f"not run: {peer}: {reason}")
 
 
 @cli.command()
@@ -398,11 +450,18 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 
 def _open_runner(artifact: "Artifact", runtime: str, device: str | None) -> "Runner":
-    from runtimes.runner import open_runner
+    from runtimes.runner import RUNNERS, open_runner
+    from runtimes.tensorrt_api import FLAVORS
 
-    if device and runtime != "onnxruntime":
-        raise FeedError(f"--device is for onnxruntime; {runtime} runs on the GPU")
-    return open_runner(artifact, runtime, **({"device": device} if device else {}))
+    if device and runtime in FLAVORS:
+        raise FeedError(f"--device is not for {runtime}, which runs on the GPU")
+    if runtime in RUNNERS:
+        return open_runner(artifact, runtime, **({"device": device} if device else {}))
+    from exporter.torch_runners import MODULE_RUNNERS
+
+    if runtime not in MODULE_RUNNERS:
+        raise RuntimeMissingError(f"unknown runtime {runtime!r}; known: {', '.join((*RUNNERS, *MODULE_RUNNERS))}")
+    return MODULE_RUNNERS[runtime](artifact, device)
 
 
 def _progress(quiet: bool) -> Any:
@@ -482,7 +541,7 @@ def _print_manifest(manifest: "Manifest", title: str) -> None:
         facts["images"] = f"{manifest.vision.max_images} images a prompt at most, {each}"
     facts |= {name: f"{entry.bytes:,} bytes" for name, entry in manifest.files.items()}
     for name, engine in manifest.engines.items():
-        archs = ", ".join(engine.gpu_archs) or "the library's default architectures"
+        archs = ", ".join(engine.gpu_archs) or DEFAULT_ARCHS.get(engine.target, "the library's default architectures")
         facts[f"{name} engine"] = f"version {engine.library_version}, for {archs}"
     verdict = "not run" if manifest.parity is None else "passed" if manifest.parity["passed"] else "FAILED"
     facts["parity"] = verdict

@@ -85,7 +85,7 @@ def _optimize(model: ir.Model) -> None:
     their number; the lowerings leave those rules nothing to do.
     """
     common.InlinePass()(model)
-    onnxscript.optimizer.fold_constants_ir(model, onnx_shape_inference=False)
+    onnxscript.optimizer.fold_constants_ir(model, onnx_shape_inference=False, should_fold=_should_fold)
     for step in (
         common.RemoveUnusedNodesPass(),
         common.RemoveUnusedFunctionsPass(),
@@ -97,6 +97,12 @@ def _optimize(model: ir.Model) -> None:
         common.NameFixPass(),
     ):
         step(model)
+
+
+def _should_fold(node: ir.Node) -> bool | None:
+    """False for tables of every position (rotary cosines), which a session computes when it loads the graph: they would
+    be as long as the cache, and rounded where a graph of 16 bits is computed in float32."""
+    return False if node.op_type == "Range" else None
 
 
 def _first_name(name: str, buffers: Mapping[str, Tensor]) -> str:

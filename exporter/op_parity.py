@@ -11,8 +11,10 @@ from exporter.layouts.layout import Layout
 from exporter.quiet import quiet_torch
 from graphs import ops
 from graphs.attention.alibi import alibi_slopes
+from graphs.attention.causal import FUSED_HEAD_MULTIPLE
 from graphs.config import DecoderConfig, LayerKind
-from runtimes.onnxruntime_runner import run_model
+from graphs.positions import inverse_frequencies
+from runtimes.onnxruntime_session import run_model
 from runtimes.parity import Rung, compare
 
 BATCH, QUERIES, KEYS, CAPACITY = 2, 3, 7, 11
@@ -39,9 +41,10 @@ SCORED: dict[str, Callable[[LayerKind, DecoderConfig, torch.Size], dict[str, Any
 class _BoundaryOps(nn.Module):
     """Every boundary operator once, on inputs of its own."""
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, *, fused: bool) -> None:
         super().__init__()
         self.config = config
+        self.fused = fused  # attention with rotary embedding and cache in one operator
 
     def forward(
         self,
@@ -73,6 +76,32 @@ class _BoundaryOps(nn.Module):
                 results[f"{kind.attention} attention"] = ops.attention(
                     q, cache, cache.flip(2), mask, config.attention_scale, softcap, **extra
                 )
+        if self.fused:
+            results |= self._fused(x_heads, new, cache, softcap)
+        return results
+
+    def _fused(self, q: Tensor, new: Tensor, cache: Tensor, softcap: float) -> dict[str, Tensor]:
+        """group_query_attention, as every kind of layer uses it, behind a past of CAPACITY tokens or none."""
+        config, results = self.config, {}
+        kinds = {(kind.rope, kind.window) for kind in config.kinds}
+        for past in (CAPACITY, 0):
+            for rope, window in kinds:
+                tables = (None, None)
+                if rope is not None and not config.head_dim % FUSED_HEAD_MULTIPLE:
+                    angles = torch.arange(CAPACITY + QUERIES)[:, None] * inverse_frequencies(rope)
+                    tables = (angles.cos().to(q.dtype), angles.sin().to(q.dtype))
+                rows = 1 if past else BATCH  # the operator goes on with several tokens of one row only
+                key = ops.merge_heads(new)[:rows]
+                end = past + QUERIES
+                out, _, _ = ops.group_query_attention(
+                    *(q[:rows], key, key.flip(2), cache[:rows, :, :past], cache[:rows, :, :past].flip(2)),
+                    torch.full((rows,), end - 1, dtype=torch.int32),
+                    torch.full((), end, dtype=torch.int32),
+                    *(*tables, config.head_dim, tables[0] is not None and rope is not None and rope.interleaved),
+                    *(config.attention_scale, softcap, window or 0),
+                )
+                name = "group_query_attention" + (" with a past" if past else "")
+                results[f"{name}, window {window}" if window else name] = out
         return results
 
 
@@ -81,7 +110,7 @@ def op_rungs(config: DecoderConfig, layout: Layout, dtype: torch.dtype) -> list[
 
     bfloat16, for which that has no kernels, cannot be asked for.
     """
-    module = _BoundaryOps(config)
+    module = _BoundaryOps(config, fused=torch.ops.export_llm.group_query_attention.default in layout.lowerings)
     inputs = _inputs(config, dtype)
     with quiet_torch(), torch.no_grad():
         program = torch.export.export(module, inputs, strict=False)

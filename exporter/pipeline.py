@@ -3,10 +3,11 @@
 import dataclasses
 import functools
 import importlib.metadata
+import json
 import platform
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,10 @@ import torch
 
 from exporter.assess import assess, bytes_per_weight
 from exporter.capture import build_encoder_on_meta, build_on_meta, capture, capture_encoder
+from exporter.clients import CLIENTS, relocate_weights
 from exporter.config_json import config_as_json
 from exporter.errors import ExportError
+from exporter.genai_config import genai_config
 from exporter.layouts import LAYOUTS
 from exporter.layouts.layout import Layout
 from exporter.lowering import lower
@@ -30,6 +33,7 @@ from exporter.quantize import DEFAULT_QUANTIZER, calibrate_source, check_quantiz
 from exporter.source import COPIED_FILES, Source, read_source, small_files
 from exporter.staging import Staging, check_destination, stage
 from exporter.targets import TARGETS
+from exporter.targets.target import Job
 from exporter.verify import onnx_targets, verify, verify_all
 from exporter.weight_check import check_stored_weights
 from exporter.weight_choice import refuse_for_engines
@@ -37,9 +41,13 @@ from exporter.weights import WeightPlan, attach_weights, copy_file, require_spac
 from graphs.checkpoint import INDEX_FILE, open_checkpoint
 from graphs.config import DecoderConfig
 from graphs.families.family import TensorNames
+from graphs.keys import read_json
 from graphs.transformer import TransformerDecoder
 from graphs.vision import VisionEncoder
+from runtimes.aoti_runner import TARGET, AOTIRunner
 from runtimes.artifact import (
+    CLIENT_GRAPH_FILE,
+    GENAI_CONFIG,
     GRAPH_FILES,
     MANIFEST,
     PARITY_FILE,
@@ -51,7 +59,7 @@ from runtimes.artifact import (
 )
 from runtimes.errors import ArtifactError
 from runtimes.images import ImageProcessor
-from runtimes.onnxruntime_runner import import_onnxruntime
+from runtimes.onnxruntime_session import import_onnxruntime
 from runtimes.parity import ParityReport, ParitySummary, Rung
 from runtimes.runner import Runner
 from runtimes.signature import CacheSpec, GraphSignature, VisionPart, VisionSpec
@@ -64,6 +72,8 @@ MAX_LEN_LIMIT = 2**31 - 1
 MAX_BATCH_LIMIT = 65536
 MAX_IMAGES_LIMIT = 4096
 WEIGHT_MODES = ("copy", "reference")
+# By target: what runs its engines.
+ENGINE_RUNNERS: Mapping[str, Callable[..., Runner]] = {**TENSORRT_RUNNERS, TARGET: AOTIRunner}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +96,7 @@ class ExportRequest:
     verify: bool = True
     force: bool = False
     gpu_archs: tuple[str, ...] = ()
+    client: str | None = None  # whose names the files are to have; None: ours
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +132,8 @@ def export(request: ExportRequest, progress: Progress | None = None) -> ExportRe
     work = request.out.parent / f".{request.out.name}.calibration"
     with kept_on_error(work):
         calibration = calibrate_source(source, request.quantizer, request.calibration, work, progress)
-        plan = plan_source(source, request.weights, request.quantizer, calibration)
+        rows_first = LAYOUTS[request.layout].rows_first
+        plan = plan_source(source, request.weights, request.quantizer, calibration, rows_first=rows_first)
         manifest, parity = _write(request, source, plan, decoder, cache, vision, progress)
     shutil.rmtree(work, ignore_errors=True)
     return ExportResult(out=request.out, manifest=manifest, parity=parity, warnings=warnings)
@@ -151,6 +163,7 @@ def _write(
     family, config, precision = source.family, source.config, source.precision
     in_place, layout = request.weights == "reference", LAYOUTS[request.layout]
     dtype = getattr(torch, precision.dtype)
+    graph_files = GRAPH_FILES | {"decoder": layout.graph_file}
 
     with stage(request.out, in_place=in_place) as staging:
         require_space(staging.folder, plan.nbytes)
@@ -169,17 +182,27 @@ def _write(
         progress.start("write and check graph")
         for name, model in models.items():
             quantize_weights(model, plan.quantized, plan.placed)
+            if layout.finish is not None and name == "decoder":
+                layout.finish(model)
             attach_weights(model, plan)
-            save_checked(model, staging.path(GRAPH_FILES[name]))
-            names.append(GRAPH_FILES[name])
+            save_checked(model, staging.path(graph_files[name]))
+            names.append(graph_files[name])
         names += [] if in_place else _write_small_files(source, staging)
-        engines = _build_engines(request, staging, signatures, progress)
-        names += [engine.file for engine in engines.values()]
+        if layout.shared_cache is not None and request.client is None:
+            text = genai_config(source, signatures["decoder"], cache, shared_cache=layout.shared_cache)
+            staging.path(GENAI_CONFIG).write_text(text, encoding="utf-8")
+            names.append(GENAI_CONFIG)
+        engines = _build_engines(request, staging, signatures, cache, vision, progress)
+        names += [file for engine in engines.values() for file in engine.files]
         parity = None
         if request.verify:
             parity = _verify(request, source, plan, staging, signatures, cache, vision, engines, progress)
             staging.path(PARITY_FILE).write_text(parity.to_json(), encoding="utf-8")
             names.append(PARITY_FILE)
+        if request.client is not None:
+            renamed = _rename_for_client(request.client, source, staging, names)
+            names = [renamed.get(name, name) for name in names if name != INDEX_FILE]
+            graph_files = {graph: renamed.get(file, file) for graph, file in graph_files.items()}
         progress.start("hash files")
         files = {name: file_entry(staging.path(name)) for name in sorted(names)}
         if in_place:
@@ -194,7 +217,7 @@ def _write(
             cache=cache,
             vision=vision,
             quantization=quantization_summary(source, plan, request.quantizer),
-            graphs={name: GraphEntry(file=GRAPH_FILES[name], signature=each) for name, each in signatures.items()},
+            graphs={name: GraphEntry(file=graph_files[name], signature=each) for name, each in signatures.items()},
             engines=engines,
             files=files,
             parity=None if parity is None else parity.short(),
@@ -212,6 +235,8 @@ def check_request(request: ExportRequest) -> None:
         raise ExportError(f"--weights {request.weights!r} is not supported; supported: {', '.join(WEIGHT_MODES)}")
     if not 1 <= request.max_batch <= MAX_BATCH_LIMIT:
         raise ExportError(f"--max-batch must be at least 1 and at most {MAX_BATCH_LIMIT}, got {request.max_batch}")
+    if request.client is not None:
+        _check_client(request.client, request)
     check_quantizer(request.quantizer, request.calibration)
     if request.verify:
         import_onnxruntime()  # missing, it should be missed now and not when the work is done
@@ -226,9 +251,20 @@ def check_request(request: ExportRequest) -> None:
         raise ExportError("--gpu-arch needs --target tensorrt-rtx")
 
 
+def _check_client(client: str, request: ExportRequest) -> None:
+    if client not in CLIENTS:
+        raise ExportError(f"--client {client!r} is not supported; supported: {', '.join(CLIENTS)}")
+    if request.layout != CLIENTS[client].layout:
+        raise ExportError(f"--client {client} needs --layout {CLIENTS[client].layout}, got {request.layout}")
+    if request.weights == "reference":
+        raise ExportError(f"--client {client} gives the weights' files other names: use --weights copy")
+
+
 def check_source(request: ExportRequest, source: Source) -> None:
     """Refuse what this checkpoint does not allow; ExportError."""
-    refuse_for_engines(source.choices, [name for name in request.targets if TARGETS[name].finish is not None])
+    if request.client is not None:
+        CLIENTS[request.client].rename(source.precision, ())
+    refuse_for_engines(source.choices, [name for name in request.targets if TARGETS[name].parses_onnx])
     if request.requantize and not source.checkpoint.packed:
         raise ExportError(f"--requantize: {request.checkpoint} holds no quantized weights; leave it out")
     if request.weights == "reference" and source.choices:
@@ -347,8 +383,28 @@ def _write_small_files(source: Source, staging: Staging) -> list[str]:
     return list(files)
 
 
+def _rename_for_client(client: str, source: Source, staging: Staging, names: Sequence[str]) -> Mapping[str, str]:
+    """Move the files to where the client looks for them, and tell it in config.json; {our name: the client's}."""
+    renaming = CLIENTS[client].rename(source.precision, names)
+    relocate_weights(staging.path(CLIENT_GRAPH_FILE), renaming.files)
+    for name, wanted in renaming.files.items():
+        target = staging.folder / wanted
+        target.parent.mkdir(exist_ok=True)
+        staging.path(name).rename(target)
+    staging.path(INDEX_FILE).unlink(missing_ok=True)  # it speaks of names that are gone
+    for name, more in renaming.json_files(staging.folder).items():
+        merged = read_json(staging.path(name)) | more
+        staging.path(name).write_text(json.dumps(merged, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return renaming.files
+
+
 def _build_engines(
-    request: ExportRequest, staging: Staging, signatures: Mapping[str, GraphSignature], progress: Progress
+    request: ExportRequest,
+    staging: Staging,
+    signatures: Mapping[str, GraphSignature],
+    cache: CacheSpec,
+    vision: VisionSpec | None,
+    progress: Progress,
 ) -> dict[str, EngineEntry]:
     """Of every target that has engines, one for each graph."""
     engines = {}
@@ -357,15 +413,20 @@ def _build_engines(
         if finish is None:
             continue
         for graph, signature in signatures.items():
-            file = f"{graph}.{target}.engine"
-            engine = finish(
-                staging.path(GRAPH_FILES[graph]),
-                staging.path(file),
-                signature,
+            job = Job(
+                graph=graph,
+                target=target,
+                onnx_path=staging.path(GRAPH_FILES[graph]),
+                folder=staging.folder,
+                path=staging.path,
+                layout=LAYOUTS[request.layout],
+                signature=signature,
+                cache=cache,
+                vision=vision,
                 gpu_archs=request.gpu_archs if target == "tensorrt-rtx" else (),
                 progress=progress,
             )
-            engines[engine_key(target, graph)] = dataclasses.replace(engine, file=file, graph=graph)
+            engines[engine_key(target, graph)] = finish(job)
     return engines
 
 
@@ -388,16 +449,16 @@ def _verify(
         return VisionPart(path=staging.path(file), signature=signatures["vision_encoder"], spec=vision)
 
     signature = signatures["decoder"]
-    graph = staging.path(GRAPH_FILES["decoder"])
+    graph = staging.path(LAYOUTS[request.layout].graph_file)
     part = vision_part(GRAPH_FILES["vision_encoder"])
-    targets = dict(onnx_targets(graph, signature, cache, vision=part, quantized=source.quantizes))
+    targets = dict(onnx_targets(request.layout, graph, signature, cache, vision=part, quantized=source.quantizes))
     # Rounding weights is no part of parity: the truth is what the weights as they were written say.
     checkpoint = open_checkpoint(staging.folder) if source.choices else source.checkpoint
     for target in dict.fromkeys(engine.target for engine in engines.values()):
-        path = staging.path(engines[target].file)
+        paths = [staging.path(file) for file in engines[target].files]
         encoder = engines.get(engine_key(target, "vision_encoder"))
         part = None if encoder is None else vision_part(encoder.file)
-        targets[target] = functools.partial(TENSORRT_RUNNERS[target], path, signature, cache, vision=part)
+        targets[target] = functools.partial(ENGINE_RUNNERS[target], *paths, signature, cache, vision=part)
 
     operators: dict[torch.dtype, list[Rung]] = {}
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from exporter.errors import ExportError
 from graphs.checkpoint import Checkpoint, TensorRef
 from graphs.config import DecoderConfig
+from graphs.positions import RotaryPositionalEmbeddings
 from graphs.quantization import GRIDS, WeightFormat
 from graphs.transformer import TransformerDecoder
 from runtimes.signature import CacheSpec, StateSpec, VisionSpec
@@ -225,7 +226,9 @@ def cache_spec(decoder: TransformerDecoder, max_len: int, dtype: str) -> CacheSp
         for index, layer in enumerate(decoder.state(max_len))
         for tensor in layer
     )
-    return CacheSpec(max_len=max_len, dtype=dtype, tensors=tensors)
+    ropes = [module.rope for module in decoder.modules() if isinstance(module, RotaryPositionalEmbeddings)]
+    steady = [rope.original_max_position_embeddings for rope in ropes if rope.depends_on_length]
+    return CacheSpec(max_len=max_len, dtype=dtype, tensors=tensors, steady_len=min(steady, default=None))
 
 
 def vision_spec(config: DecoderConfig, dtype: str, max_images: int) -> VisionSpec | None:

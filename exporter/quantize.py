@@ -103,11 +103,14 @@ def _fingerprint(source: Source, quantizer: str, origin: list[object], length: i
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def plan_source(source: Source, weights: str, quantizer: str, calibration: Calibration | None) -> WeightPlan:
+def plan_source(
+    source: Source, weights: str, quantizer: str, calibration: Calibration | None, *, rows_first: bool = False
+) -> WeightPlan:
     """Where the source's weights go, and how they get there.
 
     Args:
         weights: "copy", or "reference" to use the checkpoint's own files where they lie.
+        rows_first: see plan_choices.
     """
     checkpoint, precision = source.checkpoint, source.precision
     if not source.choices:
@@ -138,4 +141,4 @@ def plan_source(source: Source, weights: str, quantizer: str, calibration: Calib
             for ref, parameter in calibration.parameters.items()
             if parameter in results.changes
         }
-    return plan_choices(checkpoint, source.choices, precision, quantize, changed)
+    return plan_choices(checkpoint, source.choices, precision, quantize, changed, rows_first=rows_first)

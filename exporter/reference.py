@@ -95,7 +95,11 @@ class Reference:
             cache.append(row_cache)
         first, chunks = case.far_position, case.chunks
         length = len(case.far_prompt)
-        far = self._logits(case.far_prompt, range(first, first + length), (length,))
+        positions = range(first, first + length)
+        if first == 0:  # it may be longer than the texts that forward takes
+            far, _ = self._run(case.far_prompt, positions, (length,), None)
+        else:
+            far = self._logits(case.far_prompt, positions, (length,))
         return Trace(
             logits=logits,
             cache=cache,

@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Protocol
 
 from exporter.errors import ExportError
-from runtimes.artifact import GRAPH_FILES, MANIFEST, PARITY_FILE, foreign_files, is_artifact, made_by_export
+from runtimes.artifact import (
+    CLIENT_GRAPH_FILE,
+    GENAI_CONFIG,
+    GRAPH_FILES,
+    MANIFEST,
+    PARITY_FILE,
+    foreign_files,
+    is_artifact,
+    made_by_export,
+)
 
 NOTHING_LEFT = "nothing was left behind"
 
@@ -56,7 +65,8 @@ def check_destination(out: Path, checkpoint: Path, *, reference: bool, force: bo
                 f"--weights reference writes the graph beside the checkpoint's own files: pass -o {checkpoint}"
             )
         if not is_artifact(out):
-            foreign = [name for name in (*GRAPH_FILES.values(), PARITY_FILE, MANIFEST) if (out / name).exists()]
+            ours = (*GRAPH_FILES.values(), CLIENT_GRAPH_FILE, GENAI_CONFIG, PARITY_FILE, MANIFEST)
+            foreign = [name for name in ours if (out / name).exists()]
             if foreign:
                 raise ExportError(f"{out} holds {', '.join(foreign)}, which no export made: move it away first")
         elif not force:
@@ -138,7 +148,9 @@ def _stage_beside(folder: Path) -> Iterator[_Beside]:
             staging.path(name).unlink(missing_ok=True)
 
 
-_PARTIAL_FILE = re.compile(r"\.(?:(?:decoder|vision_encoder)\..*|manifest\.json|parity\.json)\.partial-(\d+)$")
+_PARTIAL_FILE = re.compile(
+    r"\.(?:(?:decoder|vision_encoder|model)\..*|(?:manifest|parity|genai_config)\.json)\.partial-(\d+)$"
+)
 
 
 def _partial_name(name: str) -> str:

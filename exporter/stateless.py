@@ -20,7 +20,7 @@ from exporter.quiet import quiet_torch
 from exporter.weights import WeightPlan, attach_weights
 from graphs.checkpoint import SINGLE_FILE, TensorRef, read_header
 from graphs.transformer import real_buffers
-from runtimes.onnxruntime_runner import run_model_file
+from runtimes.onnxruntime_session import run_model_file
 from runtimes.parity import Rung, compare
 from runtimes.signature import DimRange, GraphSignature, TensorSpec
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from exporter.clients import artifact_checkpoint
 from exporter.config_json import config_as_json, differing_keys
 from exporter.layouts import LAYOUTS
 from exporter.op_parity import op_rungs
@@ -14,11 +15,13 @@ from exporter.progress import Progress, Quiet
 from exporter.reference import Reference, reference_device
 from exporter.source import read_source
 from exporter.weight_check import check_stored_weights
-from graphs.checkpoint import Checkpoint, open_checkpoint
+from graphs.checkpoint import Checkpoint
 from graphs.families import find_family
 from graphs.near_ties import Chooser
 from runtimes.artifact import Artifact
 from runtimes.errors import ArtifactError, EngineLoadError, RuntimeMissingError
+from runtimes.onnxruntime_growing import GrowingOnnxRuntimeRunner
+from runtimes.onnxruntime_layouts import LAYOUT_RUNNERS
 from runtimes.onnxruntime_runner import OnnxRuntimeRunner
 from runtimes.parity import ParityReport, ParitySummary, Rung, judge, make_case, run_case
 from runtimes.runner import Runner
@@ -57,13 +60,15 @@ def verify(
     family = find_family(checkpoint.config, checkpoint.shapes)
     config = family.parse_config(checkpoint.config)
     dtype = cache.dtype
+    gapless = LAYOUTS[layout].gapless
     windows = [kind.window for kind in config.kinds if kind.attention == "sliding_window"]
     case = make_case(
         config.vocab_size,
         cache,
         signature.dims["batch_size"].max,
         seed,
-        window=windows[0] if windows else None,
+        window=windows[0] if windows and not gapless else None,
+        gapless=gapless,
         free_positions=all(kind.attention in ("causal", "cross") for kind in config.kinds),
         encoder=encoder,
     )
@@ -72,8 +77,9 @@ def verify(
         target = run_case(runner, case)
         computes_in = runner.computes_in
         description = runner.description
-        on_onnxruntime_cpu = isinstance(runner, OnnxRuntimeRunner) and runner.device == "cpu"
-        exact = isinstance(runner, OnnxRuntimeRunner) and runner.in_float32
+        on_onnxruntime_cpu, exact = False, False
+        if isinstance(runner, OnnxRuntimeRunner | GrowingOnnxRuntimeRunner):
+            on_onnxruntime_cpu, exact = runner.device == "cpu", runner.in_float32
         int8_activations = on_onnxruntime_cpu and not exact and bool(checkpoint.packed)
 
     graph_dtype, compute_dtype = getattr(torch, dtype), getattr(torch, computes_in)
@@ -117,6 +123,7 @@ def verify(
 
 
 def onnx_targets(
+    layout: str,
     graph: Path,
     signature: GraphSignature,
     cache: CacheSpec,
@@ -130,14 +137,26 @@ def onnx_targets(
     Behind the rounding of float16, or of activations to 8 bits, a small mistake in the graph could hide; in float32 it
     cannot.
     """
-    targets: dict[str, Callable[[], Runner]] = {
-        "onnxruntime": lambda: OnnxRuntimeRunner(graph, signature, cache, vision=vision, device=device)
-    }
+    make = functools.partial(LAYOUT_RUNNERS[layout], graph, signature, cache, vision=vision)
+    targets: dict[str, Callable[[], Runner]] = {"onnxruntime": functools.partial(make, device=device)}
     if cache.dtype == "float16" or quantized:
-        targets["onnxruntime in float32"] = lambda: OnnxRuntimeRunner(
-            graph, signature, cache, vision=vision, in_float32=True
-        )
+        targets["onnxruntime in float32"] = functools.partial(make, in_float32=True)
     return targets
+
+
+def artifact_targets(artifact: Artifact, device: str | None = None) -> Targets:
+    """The same of an artifact's graphs."""
+    manifest = artifact.manifest
+    graph = manifest.graphs["decoder"]
+    return onnx_targets(
+        manifest.layout,
+        artifact.path(graph.file),
+        graph.signature,
+        manifest.cache,
+        device,
+        artifact.vision_part(),
+        quantized=manifest.quantization is not None,
+    )
 
 
 def verify_all(
@@ -175,7 +194,7 @@ def verify_artifact(
     """
     manifest = artifact.manifest
     progress = progress or Quiet()
-    own = open_checkpoint(artifact.folder)
+    own = artifact_checkpoint(artifact)
     source = None
     if reference is None:
         checkpoint = own

@@ -8,10 +8,12 @@ from torch import nn
 
 from exporter.errors import ExportError
 from exporter.precision import ALIASES, FLOAT_TYPES, Choice, FloatType, Precision, fit_block
+from graphs.attention.causal import CausalSelfAttention
 from graphs.checkpoint import Checkpoint, PackedTensor, TensorRef
 from graphs.config import DecoderConfig
 from graphs.families import Family
-from graphs.layers import MoE
+from graphs.families.family import TensorNames
+from graphs.layers import FeedForward, MoE
 from graphs.loading import build_on_meta
 from graphs.quantization import WeightFormat
 
@@ -25,6 +27,7 @@ class WeightChoice:
     stored: Choice
     kept: bool = False  # the checkpoint's codes are taken over
     packed: PackedTensor | None = None  # what the checkpoint holds, where that is not plain numbers
+    joined: str = ""  # as which matrix it is stored, together with others that multiply the same; "": alone
 
     @property
     def format(self) -> WeightFormat | None:
@@ -59,6 +62,35 @@ def matrices(root: nn.Module) -> set[str]:
     }
 
 
+JOINED = {
+    CausalSelfAttention: ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
+    FeedForward: ("gate_up_proj", ("w1", "w3")),
+}  # {module: (one matrix, those that it is made of)}; one product is faster than several that read the same
+
+
+def joinable(root: nn.Module) -> dict[str, tuple[str, ...]]:
+    """{name of a joined weight: the parameters that it may take the place of, in order}."""
+    groups = {}
+    for path, module in root.named_modules():
+        for kind, (name, parts) in JOINED.items():
+            if isinstance(module, kind) and all(isinstance(getattr(module, part), nn.Linear) for part in parts):
+                groups[f"{path}.{name}.weight"] = tuple(f"{path}.{part}.weight" for part in parts)
+    return groups
+
+
+def _join(choices: dict[TensorRef, WeightChoice], names: TensorNames, root: nn.Module, checkpoint: Checkpoint) -> None:
+    """Let weights that are quantized alike, and multiply the same numbers, be one matrix."""
+    for joined, parameters in joinable(root).items():
+        refs = [names[parameter] for parameter in parameters]
+        kinds = {(choices[ref].format, choices[ref].has_zero_points, checkpoint.shape_of(ref)[-1]) for ref in refs}
+        folders = {ref.label.rpartition(".weight")[0].rpartition(".")[0] for ref in refs}
+        if len(folders) == 1:  # in the checkpoint's own words
+            joined = f"{folders.pop()}.{joined.split('.')[-2]}.weight"
+        (format, *_), *others = kinds
+        if not others and format is not None and not format.has_tensor_scale and len(set(refs)) == len(refs):
+            choices.update({ref: dataclasses.replace(choices[ref], joined=joined) for ref in refs})
+
+
 def choose_weights(
     family: Family, config: DecoderConfig, checkpoint: Checkpoint, precision: Precision, *, requantize: bool
 ) -> Choices:
@@ -91,6 +123,7 @@ def choose_weights(
                 inputs = checkpoint.shape_of(ref)[-1]
                 choice = dataclasses.replace(choice, stored=fit_block(choice.format, inputs))
             choices[ref] = choice
+        _join(choices, names, root, checkpoint)
     precision.check_overrides(multiply)
     if refused:
         raise ExportError(

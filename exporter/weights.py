@@ -26,7 +26,7 @@ from exporter.precision import FloatType, Precision
 from exporter.weight_choice import Choices, WeightChoice
 from graphs.checkpoint import CHUNK_BYTES, FLOAT_DTYPES, INDEX_FILE, SINGLE_FILE, Checkpoint, StoredTensor, TensorRef
 from graphs.formats import own
-from graphs.quantization import QuantizedTensor, WeightFormat
+from graphs.quantization import QuantizedTensor, WeightFormat, join_outputs
 
 HEADER_ALIGNMENT = 64  # tensors start on a cache line, so that a memory-mapped reader is not slowed down
 _FICLONE = 0x40049409  # linux/fs.h: share the blocks of one file with another, where the file system can
@@ -49,6 +49,8 @@ class QuantizedWeight:
     format: WeightFormat
     shape: tuple[int, int]  # (N, K)
     parts: Mapping[str, StoredTensor]  # by suffix of the name
+    members: Mapping[str, int]  # {TensorRef.label: outputs} of the weights that it holds, in order
+    rows_first: bool  # as MatMulNBits reads it, and not as DequantizeLinear does
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,7 @@ class WeightPlan:
     nbytes: int  # bytes that will be written
     copies: tuple[Path, ...] = ()  # checkpoint files taken over whole
     jobs: tuple[Job, ...] = ()  # what a new model.safetensors is made of, in this order
-    quantized: Mapping[str, QuantizedWeight] = dataclasses.field(default_factory=dict)  # by TensorRef.label
+    quantized: Mapping[str, QuantizedWeight] = dataclasses.field(default_factory=dict)  # by name
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of the new file's header
 
     @property
@@ -115,20 +117,25 @@ def plan_choices(
     precision: Precision,
     quantize: Quantize,
     changed: Mapping[TensorRef, Callable[[], Tensor]],
+    *,
+    rows_first: bool = False,
 ) -> WeightPlan:
     """Decide where tensors go that are stored in several ways.
 
     Args:
         quantize: called when a weight's turn comes to be written.
         changed: weights that calibration changed, stored as floats.
+        rows_first: quantized weights are for MatMulNBits, as far as their formats allow.
     """
     jobs: dict[str, Job] = {}
+    matrices = _matrices(checkpoint, choices, rows_first=rows_first)
     entries = {}
     for ref, choice in sorted(choices.items(), key=lambda item: item[0].label):
         if isinstance(choice.stored, WeightFormat):
-            shape, zero_points = _shape(checkpoint, ref), choice.has_zero_points
-            entries[ref.label] = own.describe(choice.stored, shape, zero_points=zero_points)
-            jobs[ref.label] = _quantize_job(checkpoint, ref, choice, precision, quantize)
+            matrix = matrices[choice.joined or ref.label]
+            if matrix.name not in jobs:
+                entries[matrix.name] = matrix.describe()
+                jobs[matrix.name] = _quantize_job(checkpoint, matrix, precision, quantize)
         elif ref in changed:
             jobs[ref.label] = _numbers_job(checkpoint, ref, choice.stored, changed[ref])
         elif choice.packed is not None:
@@ -139,11 +146,19 @@ def plan_choices(
     metadata = {own.METADATA_KEY: json.dumps(entries, separators=(",", ":"))} if entries else {}
     laid_out = dict(zip(jobs, _lay_out(list(jobs.values()), metadata), strict=True))
     quantized, placed = {}, {}
+    for name, matrix in matrices.items():
+        outputs = {tensor.name.removeprefix(name): tensor for tensor in laid_out[name].outputs}
+        quantized[name] = QuantizedWeight(
+            format=matrix.format,
+            shape=matrix.shape,
+            parts=outputs,
+            members=matrix.members,
+            rows_first=matrix.rows_first,
+        )
     for ref, choice in choices.items():
         if isinstance(choice.stored, WeightFormat):
-            outputs = {tensor.name.removeprefix(ref.label): tensor for tensor in laid_out[ref.label].outputs}
-            quantized[ref.label] = QuantizedWeight(format=choice.stored, shape=_shape(checkpoint, ref), parts=outputs)
-        elif ref.label in laid_out:
+            continue
+        if ref.label in laid_out:
             (placed[ref.label],) = laid_out[ref.label].outputs
         else:
             placed[ref.label] = ref.slice(laid_out[ref.name].outputs[0])
@@ -151,28 +166,75 @@ def plan_choices(
     return WeightPlan(jobs=done, placed=placed, quantized=quantized, metadata=metadata, nbytes=_end(done))
 
 
-def _shape(checkpoint: Checkpoint, ref: TensorRef) -> tuple[int, int]:
-    outputs, inputs = checkpoint.shape_of(ref)
-    return outputs, inputs
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Matrix:
+    """Weights that are quantized and stored as one, their outputs one after the other."""
+
+    name: str
+    parts: tuple[tuple[TensorRef, WeightChoice], ...]
+    shape: tuple[int, int]  # (N, K)
+    members: Mapping[str, int]  # {TensorRef.label: outputs}
+    rows_first: bool
+
+    @property
+    def format(self) -> WeightFormat:
+        format = self.parts[0][1].format
+        assert format is not None
+        return format
+
+    @property
+    def zero_points(self) -> bool:
+        return self.parts[0][1].has_zero_points
+
+    def describe(self) -> dict[str, Any]:
+        """What the header's metadata says of it."""
+        joined = self.members if len(self.members) > 1 else None
+        return own.describe(
+            self.format, self.shape, zero_points=self.zero_points, rows_first=self.rows_first, joined=joined
+        )
 
 
-def _quantize_job(
-    checkpoint: Checkpoint, ref: TensorRef, choice: WeightChoice, precision: Precision, quantize: Quantize
-) -> Job:
-    assert isinstance(choice.stored, WeightFormat)
-    format, has_zero_points = choice.stored, choice.has_zero_points
-    specs = own.part_specs(_shape(checkpoint, ref), format, precision.safetensors, zero_points=has_zero_points)
-    outputs = tuple(_output(ref.label + suffix, dtype, shape) for suffix, (dtype, shape) in specs.items())
+def _matrices(checkpoint: Checkpoint, choices: Choices, *, rows_first: bool) -> dict[str, _Matrix]:
+    """What is quantized, by the name that it is stored under."""
+    groups: dict[str, list[tuple[TensorRef, WeightChoice]]] = {}
+    for ref, choice in choices.items():
+        if choice.format is not None:
+            groups.setdefault(choice.joined or ref.label, []).append((ref, choice))
+    matrices = {}
+    for name, parts in groups.items():
+        members = {ref.label: checkpoint.shape_of(ref)[0] for ref, _ in parts}
+        shape = (sum(members.values()), checkpoint.shape_of(parts[0][0])[1])
+        format = parts[0][1].format
+        assert format is not None
+        matrices[name] = _Matrix(
+            name=name,
+            parts=tuple(parts),
+            shape=shape,
+            members=members,
+            rows_first=rows_first and own.fits_rows_first(format),
+        )
+    return matrices
+
+
+def _quantize_job(checkpoint: Checkpoint, matrix: _Matrix, precision: Precision, quantize: Quantize) -> Job:
+    specs_of, parts_of = (
+        (own.rows_first_specs, own.rows_first_parts) if matrix.rows_first else (own.part_specs, own.parts)
+    )
+    specs = specs_of(matrix.shape, matrix.format, precision.safetensors, zero_points=matrix.zero_points)
+    outputs = tuple(_output(matrix.name + suffix, dtype, shape) for suffix, (dtype, shape) in specs.items())
+
+    def codes(ref: TensorRef, choice: WeightChoice) -> QuantizedTensor:
+        if not choice.kept:
+            return quantize(ref, choice)
+        tensor = checkpoint.quantized(ref)
+        assert tensor is not None
+        tensor = as_int8(tensor) if matrix.format != tensor.format else tensor
+        _require_scales(tensor, ref, precision)
+        return tensor
 
     def make() -> Iterable[memoryview]:
-        if choice.kept:
-            tensor = checkpoint.quantized(ref)
-            assert tensor is not None
-            tensor = as_int8(tensor) if format != tensor.format else tensor
-            _require_scales(tensor, ref, precision)
-        else:
-            tensor = quantize(ref, choice)
-        stored = own.parts(tensor, getattr(torch, precision.dtype))
+        tensor = join_outputs([codes(ref, choice) for ref, choice in matrix.parts])
+        stored = parts_of(tensor, getattr(torch, precision.dtype))
         assert list(stored) == list(specs)
         del tensor
         for part in stored.values():

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import math
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,6 +90,11 @@ class PackedTensor:
     dtype: str = "F32"  # safetensors' name of a float dtype that holds its numbers, or comes nearest
     read: Callable[[], QuantizedTensor] | None = None  # where there is a format
     numbers: Callable[[torch.dtype], Tensor] | None = None  # where there is none: computed in that dtype
+    # Of what export-llm itself wrote: where codes, scales and so on lie, by what stands behind the matrix's name; how
+    # many outputs that matrix has, and which of them are this tensor's.
+    parts: Mapping[str, StoredTensor] = dataclasses.field(default_factory=dict)
+    of_outputs: int = 0
+    outputs: tuple[int, int] = (0, 0)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Its numbers, each computed in `dtype`."""
@@ -140,10 +145,14 @@ class Checkpoint:
         (float32 if it is None)."""
         packed = self.find_packed(ref)
         if packed is None:
-            part = self.tensors.get(ref.label)
-            return load_tensor(ref.slice(self.tensors[ref.name]) if part is None else part)
+            return load_tensor(self.place(ref))
         numbers, rows = packed.dequantize(dtype or torch.float32), _rows_of(packed, ref)
         return numbers if rows is None else numbers[slice(*rows)]
+
+    def place(self, ref: "TensorRef") -> StoredTensor:
+        """Where the plain numbers lie that `ref` refers to."""
+        part = self.tensors.get(ref.label)
+        return ref.slice(self.tensors[ref.name]) if part is None else part
 
     def shape_of(self, ref: "TensorRef") -> tuple[int, ...]:
         """The shape of what `ref` refers to."""
@@ -171,8 +180,11 @@ def _rows_of(tensor: StoredTensor | PackedTensor, ref: TensorRef) -> tuple[int, 
     return None if tensor.name == ref.label else ref.rows
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, weights: Sequence[str] = ()) -> Checkpoint:
     """Open a checkpoint folder, or a GGUF file, and read its headers.
+
+    Args:
+        weights: safetensors files of the folder to read, under whatever names; by default those with the usual ones.
 
     Raises:
         CheckpointError: it is absent or no checkpoint, or a file is missing, truncated or inconsistent.
@@ -189,7 +201,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{folder} is not a checkpoint: it holds no config.json")
     config = read_json(folder / "config.json")
     tensors: dict[str, StoredTensor] = {}
-    if (folder / INDEX_FILE).exists():
+    if weights:
+        for file_name in weights:
+            _merge(tensors, read_header(folder / file_name))
+    elif (folder / INDEX_FILE).exists():
         weight_map = _read_index(folder)
         for file_name in sorted(set(weight_map.values())):
             _merge(tensors, read_header(folder / file_name))
@@ -344,11 +359,15 @@ def _same_values(first: StoredTensor, second: StoredTensor) -> bool:
 
 def load_tensor(stored: StoredTensor) -> Tensor:
     """The tensor in its stored dtype, memory-mapped (copy on write): pages are read when they are used."""
-    dtype, item_bytes = FLOAT_DTYPES[stored.dtype]
+    return map_tensor(stored, FLOAT_DTYPES[stored.dtype][0])
+
+
+def map_tensor(stored: StoredTensor, dtype: torch.dtype) -> Tensor:
+    """The same of any dtype, which is torch's for stored.dtype."""
     if stored.nbytes == 0:
         return torch.empty(stored.shape, dtype=dtype)
     raw: np.ndarray = np.memmap(stored.path, dtype=np.uint8, mode="c", offset=stored.offset, shape=(stored.nbytes,))
-    if stored.offset % item_bytes:  # a header of odd length leaves the data unaligned
+    if stored.offset % dtype.itemsize:  # a header of odd length leaves the data unaligned
         raw = np.array(raw)
     return torch.from_numpy(raw).view(dtype).reshape(stored.shape)
 

@@ -163,7 +163,7 @@ HARMLESS_KEYS = frozenset(
     num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id
     remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens tf_legacy_loss
     cross_attention_hidden_size embd_pdrop mlp_dropout layer_norm_dropout output_router_logits
-    router_aux_loss_coef router_jitter_noise cache_implementation max_window_layers
+    router_aux_loss_coef router_jitter_noise cache_implementation max_window_layers transformers.js_config
     """.split()  # noqa: SIM905
 )
 

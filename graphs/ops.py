@@ -116,6 +116,44 @@ def merge_heads_reference(x_BHSD: Tensor) -> Tensor:
     return x_BHSD.transpose(1, 2).flatten(2)
 
 
+def group_query_attention_reference(
+    q_BSE: Tensor,
+    k_BSE: Tensor,
+    v_BSE: Tensor,
+    past_key_BKPD: Tensor,
+    past_value_BKPD: Tensor,
+    seqlens_k: Tensor,
+    total_sequence_length: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    head_dim: int,
+    interleaved: bool,
+    scale: float,
+    softcap: float = 0.0,
+    window: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(output [B, S, heads * D], key, value [B, K, P + S, D]): rotary, update_kv_cache and attention in one, causal.
+
+    Row b ends at slot seqlens_k[b], int32 [B], with its S new tokens; in a first call, rows may be padded on the right
+    and end before. cos and sin, [max positions, R/2], are those of each slot; without them nothing turns. A query sees
+    `window` slots, its own included; 0: all before it. ONNX Runtime's com.microsoft.GroupQueryAttention, which writes
+    in place where past and present are one buffer.
+    """
+    q, k, v = (split_heads_reference(x, head_dim) for x in (q_BSE, k_BSE, v_BSE))
+    queries, past = q.shape[2], past_key_BKPD.shape[2]
+    begins = (seqlens_k.to(torch.int64) + 1 - queries).clamp(min=0)
+    slots_BS = begins[:, None] + torch.arange(queries, device=q.device)
+    if cos is not None and sin is not None:
+        q, k = (rotary_reference(x, cos[slots_BS], sin[slots_BS], interleaved) for x in (q, k))
+    room = past_key_BKPD.new_zeros(*past_key_BKPD.shape[:2], queries, head_dim)
+    key = update_kv_cache_reference(torch.cat((past_key_BKPD, room), dim=2), k, begins)
+    value = update_kv_cache_reference(torch.cat((past_value_BKPD, room), dim=2), v, begins)
+    distances_BST = slots_BS.unsqueeze(-1) - torch.arange(past + queries, device=q.device)
+    mask = (distances_BST >= 0) & (distances_BST < (window or past + queries))
+    out = attention_reference(q, key, value, mask.unsqueeze(1), scale, softcap)
+    return merge_heads_reference(out), key, value
+
+
 # hidden_act, under Hugging Face's names
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -205,6 +243,64 @@ def _(
     distances: Tensor | None = None,
 ) -> Tensor:
     return q.new_empty((*q.shape[:-1], v.shape[-1]))
+
+
+@torch.library.custom_op("export_llm::group_query_attention", mutates_args=())
+def group_query_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    seqlens_k: Tensor,
+    total_sequence_length: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    head_dim: int,
+    interleaved: bool,
+    scale: float,
+    softcap: float = 0.0,
+    window: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    out, key, value = group_query_attention_reference(
+        q,
+        k,
+        v,
+        past_key,
+        past_value,
+        seqlens_k,
+        total_sequence_length,
+        cos,
+        sin,
+        head_dim,
+        interleaved,
+        scale,
+        softcap,
+        window,
+    )
+    return _copy(out), key, value
+
+
+@group_query_attention.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_key: Tensor,
+    past_value: Tensor,
+    seqlens_k: Tensor,
+    total_sequence_length: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    head_dim: int,
+    interleaved: bool,
+    scale: float,
+    softcap: float = 0.0,
+    window: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, heads, past, dim = past_key.shape
+    present = (batch, heads, past + q.shape[1], dim)
+    return q.new_empty(q.shape), past_key.new_empty(present), past_value.new_empty(present)
 
 
 # Reshapes have no fused kernel, but as operators of ours they lower to two nodes with constant shapes, where a traced

@@ -12,6 +12,7 @@ N outputs, K inputs, G scales of each output: K / block, or 1.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -101,6 +102,22 @@ class QuantizedTensor:
         return dataclasses.replace(
             self, codes=self.codes[first:end], scales=self.scales[first:end], zero_points=zero_points
         )
+
+
+def join_outputs(tensors: Sequence[QuantizedTensor]) -> QuantizedTensor:
+    """One weight [N1 + N2 + .., K] of several that are quantized alike."""
+    first, *others = tensors
+    if not others:
+        return first
+    assert all(tensor.format == first.format and tensor.tensor_scale == first.tensor_scale for tensor in others)
+    zero_points = [tensor.zero_points for tensor in tensors if tensor.zero_points is not None]
+    assert len(zero_points) in (0, len(tensors))
+    return dataclasses.replace(
+        first,
+        codes=torch.cat([tensor.codes for tensor in tensors]),
+        scales=torch.cat([tensor.scales for tensor in tensors]),
+        zero_points=torch.cat(zero_points) if zero_points else None,
+    )
 
 
 def code_values(codes: Tensor, format: WeightFormat, dtype: torch.dtype = torch.float32) -> Tensor:

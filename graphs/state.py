@@ -10,6 +10,8 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from graphs import ops
+
 T = TypeVar("T")
 LayerState = tuple[Tensor, ...]  # one layer's tensors [B, *shape], in the order of its StateTensors
 
@@ -66,6 +68,10 @@ class StepContext:
             self._made[key] = make()
         made: T = self._made[key]  # type: ignore[assignment]
         return made
+
+    def updated(self, cache_BKMD: Tensor, new_BKSD: Tensor) -> Tensor:
+        """The cache with this call's keys (or values) in their slots."""
+        return ops.update_kv_cache(cache_BKMD, new_BKSD, self.write_indices)
 
     @property
     def key_slots_T(self) -> Tensor:
@@ -128,3 +134,57 @@ class StepContext:
         return self.once(
             "lengths", lambda: (self.position_ids.to(torch.float32) + 1).where(self.valid_BS, 0.0).amax(dim=1)
         )
+
+
+class GrowingContext(StepContext):
+    """The same where a cache holds the tokens so far and no more, and a call's keys and values are appended to it.
+
+    A slot is seen when it is no later than the token's own and its attention_mask is 1: positions do not tell, because
+    rows may be padded on the left. A token's own slot is always seen, or padding would see nothing.
+
+    Args:
+        past_length: slots of every row before this call.
+    """
+
+    def __init__(self, position_ids: Tensor, attention_mask: Tensor, past_length: int) -> None:
+        super().__init__(position_ids, position_ids.new_full(position_ids.shape[:1], past_length), attention_mask)
+
+    def updated(self, cache_BKMD: Tensor, new_BKSD: Tensor) -> Tensor:
+        """The cache with this call's keys (or values) behind it."""
+        return torch.cat((cache_BKMD, new_BKSD), dim=2)
+
+    @property
+    def mask_B1ST(self) -> Tensor:
+        """bool."""
+
+        def make() -> Tensor:
+            distances = self.distances_BST
+            seen = (distances >= 0) & (self.attention_mask != 0).unsqueeze(1)
+            return (seen | (distances == 0)).unsqueeze(1)
+
+        return self.once("mask", make)
+
+
+class FusedContext(StepContext):
+    """The same where one operator turns queries and keys, updates the cache and attends (ops.group_query_attention).
+
+    Each row's tokens lie in its cache from slot 0 on without gaps, and their positions are their slots.
+
+    Args:
+        attention_mask: int64 [B, T], 1 for each of a row's tokens, those of this call included.
+        max_len: most slots of a row.
+    """
+
+    def __init__(self, input_ids: Tensor, attention_mask: Tensor, max_len: int) -> None:
+        self.lengths = attention_mask.sum(dim=1)
+        write_indices = (self.lengths - input_ids.shape[1]).clamp(min=0)
+        steps = torch.arange(input_ids.shape[1], device=input_ids.device)
+        super().__init__(write_indices[:, None] + steps, write_indices, attention_mask)
+        self.max_len = max_len
+        self.seqlens_k = self.lengths.to(torch.int32) - 1
+        self.total_sequence_length = torch.full((), attention_mask.shape[1], dtype=torch.int32, device=input_ids.device)
+
+    @property
+    def every_position(self) -> Tensor:
+        """int64 [1, max_len]."""
+        return self.once("positions", lambda: torch.arange(self.max_len, device=self.position_ids.device)[None])

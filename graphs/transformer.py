@@ -267,11 +267,19 @@ class TransformerDecoder(nn.Module):
         A slot is seen when its index is at most the query's position and its attention_mask is 1. Tokens whose own
         attention_mask is 0 are padding: they leave no trace in sums.
         """
-        h = self.embed(input_ids, position_ids)
         cross = None
         if cross_attention_mask is not None:
             cross = CrossInputs(cross_attention_mask, cross_key_values, self.num_patches)
         context = StepContext(position_ids, write_indices, attention_mask, cross)
+        h, present = self.advance(input_ids, context, past)
+        wanted = logit_indices.unsqueeze(-1).expand(-1, -1, h.shape[-1])
+        return self.logits(h.gather(1, wanted)), present
+
+    def advance(
+        self, input_ids: Tensor, context: StepContext, past: Sequence[LayerState]
+    ) -> tuple[Tensor, list[LayerState]]:
+        """What the last layer returns for tokens [B, S], [B, S, d], and the states of `past`, updated."""
+        h = self.embed(input_ids, context.position_ids)
         present, states = [], iter(past)
         for layer in self.layers:
             if isinstance(layer, TransformerCrossAttentionLayer):
@@ -279,8 +287,7 @@ class TransformerDecoder(nn.Module):
             else:
                 h, layer_present = layer(h, context=context, past=next(states))
                 present.append(layer_present)
-        wanted = logit_indices.unsqueeze(-1).expand(-1, -1, h.shape[-1])
-        return self.logits(h.gather(1, wanted)), present
+        return h, present
 
     def embed(self, tokens: Tensor, position_ids: Tensor) -> Tensor:
         """What the first layer reads: [b, s, d] for tokens [b, s] at positions [s] or [b, s]."""

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from runtimes.errors import ArtifactError
-from runtimes.signature import CacheSpec, GraphSignature, VisionPart, VisionSpec
+from runtimes.signature import SLOT_DIMS, CacheSpec, GraphSignature, VisionPart, VisionSpec
 
 MANIFEST = "manifest.json"
 GRAPH_FILES = {"decoder": "decoder.onnx", "vision_encoder": "vision_encoder.onnx"}
+CLIENT_GRAPH_FILE = "model.onnx"  # the decoder's, in layouts for clients that look for that name
 PARITY_FILE = "parity.json"
+GENAI_CONFIG = "genai_config.json"  # for onnxruntime-genai, in layouts that it takes
 SCHEMA_VERSION = 4
 _CHUNK_BYTES = 1 << 22
 
@@ -27,13 +29,20 @@ class GraphEntry:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineEntry:
-    """One TensorRT engine: built from `graph` by `target`, for these compute capabilities (none: the default)."""
+    """One TensorRT engine, or AOTInductor's packages: of `graph`, made by `target`, for these compute capabilities
+    (none: the default ones, or the CPU)."""
 
     file: str
     graph: str
     target: str
     library_version: str
     gpu_archs: tuple[str, ...]
+    decode_file: str | None = None  # for one new token of each row; None: `file` is for that as well
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """All of its files."""
+        return (self.file,) if self.decode_file is None else (self.file, self.decode_file)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -109,7 +118,8 @@ class Manifest:
         _require(self.parity is None or type(self.parity.get("passed")) is bool, "parity must say whether it passed")
         _require("decoder" in self.graphs, "it lists no decoder graph")
         _require(("vision_encoder" in self.graphs) == (self.vision is not None), "vision and its encoder go together")
-        files = [*(graph.file for graph in self.graphs.values()), *(engine.file for engine in self.engines.values())]
+        files = [graph.file for graph in self.graphs.values()]
+        files += [file for engine in self.engines.values() for file in engine.files]
         _require(all(file in self.files for file in files), "a graph or engine is not among the files")
         _require(all(engine.graph in self.graphs for engine in self.engines.values()), "an engine is of no graph")
         keys = {engine_key(engine.target, engine.graph) for engine in self.engines.values()}
@@ -124,15 +134,17 @@ class Manifest:
         _require("input_ids" in signature.limits, "the decoder has no limit for input_ids")
         state = {spec.name for spec in signature.inputs if spec.name.startswith("past_key_values.")}
         _require(state == set(cache.past_names()), "the decoder's inputs are not the cache's tensors")
+        _require(self.layout in SLOT_DIMS, f"the layout {self.layout!r} is unknown")
+        past_slots, present_slots = SLOT_DIMS[self.layout]
         in_place = {
             new
             for new, tensor in zip(cache.present_names(), cache.tensors, strict=True)
-            if tensor.slot_axis is not None
+            if tensor.slot_axis is not None and self.layout != "dynamic"
         }
         _require(set(signature.aliases) == in_place, "other tensors than caches share memory")
-        for names in (cache.past_names(), cache.present_names()):
+        for names, slots in ((cache.past_names(), past_slots), (cache.present_names(), present_slots)):
             for name, tensor in zip(names, cache.tensors, strict=True):
-                fits = specs[name].shape == tensor.symbolic_shape() and specs[name].dtype == tensor.dtype
+                fits = specs[name].shape == tensor.symbolic_shape(slots) and specs[name].dtype == tensor.dtype
                 _require(fits, f"{name} is not what the cache says")
         if self.vision is not None:
             self._check_vision(self.vision)
@@ -167,6 +179,17 @@ class Artifact:
         """Where a file of the artifact lies."""
         return self.folder / file
 
+    def engine(self, target: str, what: str) -> EngineEntry:
+        """What that target made of the decoder; ArtifactError says how to get one."""
+        entry = self.manifest.engines.get(target)
+        if entry is None:
+            held, layout = ", ".join(self.manifest.engines) or "none", self.manifest.layout
+            needed = "" if layout == "portable" else f" --layout portable, for its layout is {layout}"
+            raise ArtifactError(
+                f"{self.folder} holds no {what} (engines: {held}): export with --target {target}{needed}"
+            )
+        return entry
+
     def vision_part(self, engine: EngineEntry | None = None) -> VisionPart | None:
         """The vision encoder, as a graph or as that engine; None where there is none."""
         if self.manifest.vision is None:
@@ -195,8 +218,8 @@ def open_artifact(folder: str | Path, *, check_hashes: bool = True) -> Artifact:
     manifest = Manifest.from_json(text, str(path))
     problems = []
     for name, entry in manifest.files.items():
-        if Path(name).name != name:
-            raise ArtifactError(f"{path} lists {name!r}, which is not a plain file name")
+        if not _is_inside(name):
+            raise ArtifactError(f"{path} lists {name!r}, which is not a plain file name, nor one in a folder below")
         file = folder / name
         if not file.is_file():
             problems.append(f"{name} is missing")
@@ -209,6 +232,12 @@ def open_artifact(folder: str | Path, *, check_hashes: bool = True) -> Artifact:
     return Artifact(folder=folder, manifest=manifest)
 
 
+def _is_inside(name: str) -> bool:
+    """True for a plain file name, or one in one folder, as some clients want files."""
+    parts = name.split("/")
+    return len(parts) <= 2 and all(part == Path(part).name and part not in ("", "..") for part in parts)
+
+
 def is_artifact(folder: Path) -> bool:
     """True when an export made this folder: its manifest.json is one of ours, whole or not otherwise damaged."""
     return _listed_files(folder) is not None
@@ -217,13 +246,17 @@ def is_artifact(folder: Path) -> bool:
 def foreign_files(folder: Path) -> list[str]:
     """What lies in an artifact's folder and is none of its files."""
     known = {MANIFEST, *(_listed_files(folder) or ())}
-    return sorted(path.name for path in folder.iterdir() if path.name not in known)
+    folders = {name.partition("/")[0] for name in known if "/" in name}
+    found = [path for path in folder.iterdir() if path.name not in folders]
+    found += [path for each in folders for path in (folder / each).iterdir()]
+    return sorted(name for path in found if (name := str(path.relative_to(folder))) not in known)
 
 
 def made_by_export(folder: Path) -> list[str]:
-    """Files of an artifact that hold no weights and were not copied: graphs, engines, the parity report."""
+    """Files of an artifact that hold no weights and were not copied: graphs, engines, packages, the parity report."""
     files = [name for name in _listed_files(folder) or () if Path(name).name == name]
-    return [name for name in files if name.endswith((".onnx", ".engine")) or name == PARITY_FILE]
+    made = (".onnx", ".engine", ".pt2")
+    return [name for name in files if name.endswith(made) or name in (PARITY_FILE, GENAI_CONFIG)]
 
 
 def _listed_files(folder: Path) -> list[str] | None:

@@ -14,8 +14,9 @@ import numpy as np
 
 from runtimes.decoding import Decoding, limit_new_tokens
 from runtimes.errors import FeedError
-from runtimes.generation import prefill_scored
+from runtimes.generation import prefill
 from runtimes.images import ImageBatch
+from runtimes.prefix import Prefix
 from runtimes.runner import Runner
 from runtimes.sampling import check_logits, log_softmax
 from runtimes.stopping import Decode, added_text, check_stop_strings, finish_reason
@@ -62,6 +63,8 @@ def beam_search(
     max_new_tokens: int | None = None,
     *,
     images: ImageBatch | None = None,
+    prefix: Prefix | None = None,
+    prefill_chunk_tokens: int | None = None,
     length_penalty: float = 1.0,
     stop_ids: Sequence[int] = (),
     stop_strings: Sequence[str] = (),
@@ -79,6 +82,7 @@ def beam_search(
         num_beams: continuations that are followed at a time, per prompt.
         max_new_tokens: of each continuation; by default, as many as the cache has room for.
         images: what the prompts show, as runtimes.images.ImageProcessor.batch makes it of the same prompts.
+        prefix, prefill_chunk_tokens: as in runtimes.generation.generate.
         length_penalty: above 0 favours long continuations, below 0 short ones; 0 compares plain sums.
         stop_ids, stop_strings, decode: as in runtimes.generation.generate.
         logprobs: report the prompts' log-probabilities too.
@@ -98,12 +102,9 @@ def beam_search(
     images = None if images is None else images.repeat(num_beams)
     decoding = Decoding(runner)
     start = time.perf_counter()
-    prompt_logprobs: list[list[float | None]] = []
-    if logprobs:
-        logits, scored = prefill_scored(decoding, rows, images)
-        prompt_logprobs = scored[::num_beams]
-    else:
-        logits = decoding.prefill(rows, images)
+    logits, scored = prefill(
+        decoding, rows, images, prefix=prefix, chunk_tokens=prefill_chunk_tokens, logprobs=logprobs
+    )
     prefill_end = time.perf_counter()
 
     searches = [
@@ -137,7 +138,7 @@ def beam_search(
     return BeamSearch(
         prompt_ids=[list(prompt) for prompt in prompts],
         hypotheses=[search.finished for search in searches],
-        prompt_logprobs=prompt_logprobs,
+        prompt_logprobs=scored[::num_beams],
         prefill_s=prefill_end - start,
         decode_s=time.perf_counter() - prefill_end,
         decode_steps=steps,

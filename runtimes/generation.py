@@ -9,9 +9,12 @@ import numpy as np
 from runtimes.decoding import Decoding, limit_new_tokens
 from runtimes.errors import FeedError
 from runtimes.images import ImageBatch
+from runtimes.prefix import Prefix
+from runtimes.rows import Rows
 from runtimes.runner import Runner
-from runtimes.sampling import Sampler, Sampling, log_softmax
-from runtimes.stopping import Decode, RowText, check_stop_strings, finish_reason, read_stop_ids
+from runtimes.sampling import Sampling, log_softmax
+from runtimes.speculative import Draft, DraftReport, Speculation
+from runtimes.stopping import Decode, check_stop_strings, read_stop_ids
 
 __all__ = ["Generation", "generate", "read_stop_ids"]
 
@@ -30,6 +33,8 @@ class Generation:
             penalty, temperature and limits; empty unless asked for.
         prompt_logprobs: the same for the prompts' tokens; None for each first one, which nothing precedes, and for
             image tokens, which the model does not predict.
+        decode_steps: calls of the model after the prompts.
+        draft: what the draft was worth; None without one.
     """
 
     prompt_ids: list[list[int]]
@@ -41,6 +46,7 @@ class Generation:
     prefill_s: float
     decode_s: float
     decode_steps: int
+    draft: DraftReport | None
 
 
 def generate(
@@ -49,11 +55,15 @@ def generate(
     max_new_tokens: int | None = None,
     *,
     images: ImageBatch | None = None,
+    prefix: Prefix | None = None,
+    prefill_chunk_tokens: int | None = None,
+    draft: Draft | None = None,
     sampling: Sampling | None = None,
     stop_ids: Sequence[int] = (),
     stop_strings: Sequence[str] = (),
     decode: Decode | None = None,
     logprobs: bool = False,
+    on_prefill: Callable[[Decoding], None] | None = None,
     on_token: Callable[[int, int], None] | None = None,
     on_text: Callable[[int, str], None] | None = None,
 ) -> Generation:
@@ -63,12 +73,17 @@ def generate(
         prompts: token ids, one list per row; lengths may differ.
         max_new_tokens: per row; by default, as many as the cache has room for.
         images: what the prompts show, as runtimes.images.ImageProcessor.batch makes it of the same prompts.
+        prefix: what every prompt begins with, such as runtimes.prefix_file.load_prefix reads; it is not computed again.
+        prefill_chunk_tokens: feed at most so many tokens of each prompt in one call, which bounds the memory that long
+            prompts need; by default, all at once.
+        draft: a second model that proposes tokens, of which several are then checked in one call. Texts stay the same.
         sampling: how tokens are chosen; greedily by default.
         stop_ids: a row ends when it produces one of these.
         stop_strings: a row ends when the text of its new tokens holds one of these.
         decode: token ids to text, such as Tokenizer(folder).decode; stop_strings and on_text need it.
         logprobs: report log-probabilities, of the prompts too: those are then fed in chunks, so that memory stays
             bounded.
+        on_prefill: called once the prompts are in the cache, before the first token is chosen.
         on_token: called with (row, token id) for each new token, in order.
         on_text: called with (row, text) as text becomes certain; the pieces of a row add up to its entry in `texts`.
 
@@ -80,61 +95,86 @@ def generate(
     if on_text is not None and decode is None:
         raise FeedError("on_text needs text: give decode as well, such as Tokenizer(folder).decode")
     decoding = Decoding(runner)
+    speculation = None if draft is None else Speculation(decoding, draft)
     start = time.perf_counter()
-    prompt_logprobs: list[list[float | None]] = []
-    if logprobs:
-        logits, prompt_logprobs = prefill_scored(decoding, prompts, images)
-    else:
-        logits = decoding.prefill(prompts, images)
+    logits, prompt_logprobs = prefill(
+        decoding, prompts, images, prefix=prefix, chunk_tokens=prefill_chunk_tokens, logprobs=logprobs
+    )
+    if speculation is not None:
+        speculation.prefill(prompts, logits.shape[-1], images, prefill_chunk_tokens)
     prefill_end = time.perf_counter()
+    if on_prefill is not None:
+        on_prefill(decoding)
 
-    sampler = Sampler(sampling or Sampling(), prompts, logits.shape[-1])
-    texts = [RowText(decode, prompt, stop_strings) for prompt in prompts] if decode is not None else []
-    outputs: list[list[int]] = [[] for _ in prompts]
-    scores: list[list[float]] = [[] for _ in prompts if logprobs]
-    reasons = [""] * len(prompts)
+    rows = Rows(
+        prompts,
+        logits.shape[-1],
+        max_new_tokens,
+        sampling=sampling or Sampling(),
+        stop_ids=stop_ids,
+        stop_strings=stop_strings,
+        decode=decode,
+        logprobs=logprobs,
+        on_token=on_token,
+        on_text=on_text,
+    )
+    rows.choose(logits, rows.active)
     steps = 0
-    while True:
-        active = np.array([not reason for reason in reasons])
-        tokens = sampler.choose(logits, active)
-        for row in map(int, np.flatnonzero(active)):
-            token = int(tokens[row])
-            outputs[row].append(token)
-            if logprobs:
-                scores[row].append(float(log_softmax(logits[row])[token]))
-            if on_token is not None:
-                on_token(row, token)
-            piece = texts[row].add(token) if texts else ""
-            reasons[row] = finish_reason(outputs[row], bool(texts) and texts[row].stopped, stop_ids, max_new_tokens)
-            if texts and reasons[row]:
-                piece += texts[row].rest()
-            if on_text is not None and piece:
-                on_text(row, piece)
-        active &= [not reason for reason in reasons]
-        if not active.any():
-            break
-        logits = decoding.decode(tokens, active)
+    while (active := rows.active).any():
+        if speculation is None:
+            rows.choose(decoding.decode(rows.last, active), active)
+        else:
+            speculation.step(rows)
         steps += 1
     return Generation(
         prompt_ids=[list(prompt) for prompt in prompts],
-        token_ids=outputs,
-        finish_reasons=reasons,
-        texts=[text.text for text in texts],
-        token_logprobs=scores,
+        token_ids=rows.token_ids,
+        finish_reasons=rows.reasons,
+        texts=rows.texts,
+        token_logprobs=rows.logprobs,
         prompt_logprobs=prompt_logprobs,
         prefill_s=prefill_end - start,
         decode_s=time.perf_counter() - prefill_end,
         decode_steps=steps,
+        draft=None if speculation is None else speculation.report,
     )
 
 
+def prefill(
+    decoding: Decoding,
+    prompts: Sequence[Sequence[int]],
+    images: ImageBatch | None = None,
+    *,
+    prefix: Prefix | None = None,
+    chunk_tokens: int | None = None,
+    logprobs: bool = False,
+) -> tuple[np.ndarray, list[list[float | None]]]:
+    """Decoding.prefill, and the prompts' log-probabilities if they are asked for.
+
+    Raises:
+        FeedError: as Decoding.prefill, or log-probabilities of prompts whose prefix is not computed.
+    """
+    if not logprobs:
+        return decoding.prefill(prompts, images, prefix=prefix, chunk_tokens=chunk_tokens), []
+    if prefix is not None:
+        raise FeedError(
+            "log-probabilities are of every prompt token, and those of a saved prefix are not computed again: leave out"
+            " the one or the other"
+        )
+    return prefill_scored(decoding, prompts, images, chunk_tokens)
+
+
 def prefill_scored(
-    decoding: Decoding, prompts: Sequence[Sequence[int]], images: ImageBatch | None = None
+    decoding: Decoding,
+    prompts: Sequence[Sequence[int]],
+    images: ImageBatch | None = None,
+    chunk_tokens: int | None = None,
 ) -> tuple[np.ndarray, list[list[float | None]]]:
     """Decoding.prefill, and the log-probability of each prompt token after those before it; None for the first."""
     scores: list[list[float | None]] = [[None] for _ in prompts]
     last: list[np.ndarray] = [np.empty(0)] * len(prompts)  # logits after each row's last token so far
-    chunk_tokens = max(1, LOGITS_PER_CALL // max(1, len(prompts)))
+    most = max(1, LOGITS_PER_CALL // max(1, len(prompts)))
+    chunk_tokens = most if chunk_tokens is None else min(chunk_tokens, most)
     for start, logits in decoding.prefill_in_chunks(prompts, chunk_tokens, images):
         for row, prompt in enumerate(prompts):
             for position, token in enumerate(prompt[start : start + logits.shape[1]]):

@@ -31,6 +31,7 @@ PROMPT_LENGTHS = (27, 12, 1)  # ragged; with DECODE_STEPS they cross 16 and 32, 
 DECODE_STEPS = 8
 GREEDY_STEPS = 8
 FAR_TOKENS = 6
+GAPLESS_FAR_TOKENS = 200  # where the far end can only be reached from slot 0 on
 CHUNK_ROWS = 4
 CHUNK_TOKENS = 12
 CHUNK_OFFSETS = (300, 0, 1000, 5)  # not in order, and far apart: a row that uses another's mask or slot is far off
@@ -181,6 +182,7 @@ def make_case(
     *,
     window: int | None = None,
     free_positions: bool = True,
+    gapless: bool = False,
     encoder: GraphSignature | None = None,
 ) -> Case:
     """A case that fits the artifact: random tokens from `seed`, and as many rows as CACHE_BYTES has room for.
@@ -188,6 +190,7 @@ def make_case(
     Args:
         window: of sliding-window layers; the first chunked row then leaves slots out, so that it reaches beyond.
         free_positions: a token's position may differ from its slot.
+        gapless: a row's tokens fill its cache from slot 0 on; the far prompt is then a long one.
         encoder: the vision encoder's, for a model that sees; rows then have two images, one and none.
     """
     rng = np.random.default_rng(seed)
@@ -195,16 +198,16 @@ def make_case(
     steps = min(DECODE_STEPS, max_len - 1)
     room = CACHE_BYTES // cache_spec.nbytes(1)
     lengths = [min(length, max_len - steps) for length in PROMPT_LENGTHS[: max(1, min(max_batch, room))]]
-    far_tokens = min(FAR_TOKENS, max_len)
-    chunks = _make_chunks(
-        vocab_size, max_len, max(1, min(CHUNK_ROWS, max_batch, room)), rng, window, free_positions, encoder
-    )
+    far_tokens = min(GAPLESS_FAR_TOKENS if gapless else FAR_TOKENS, max_len)
+    chunk_rows = max(1, min(CHUNK_ROWS, max_batch, room))
+    offsets = [0] * chunk_rows if gapless else CHUNK_OFFSETS[:chunk_rows]
+    chunks = _make_chunks(vocab_size, max_len, offsets, rng, window, free_positions and not gapless, encoder)
     return Case(
         prompts=tuple(tuple(rng.integers(0, vocab_size, length).tolist()) for length in lengths),
         forced=rng.integers(0, vocab_size, (len(lengths), steps)),
         greedy_steps=min(GREEDY_STEPS, max_len - max(lengths) + 1),
         far_prompt=tuple(rng.integers(0, vocab_size, far_tokens).tolist()),
-        far_position=max_len - far_tokens,
+        far_position=0 if gapless else max_len - far_tokens,
         chunks=chunks,
         images=None if encoder is None else _make_images(encoder, lengths, rng),
     )
@@ -251,7 +254,7 @@ def _make_pictures(
 def _make_chunks(
     vocab_size: int,
     max_len: int,
-    rows: int,
+    offsets: Sequence[int],
     rng: np.random.Generator,
     window: int | None,
     free_positions: bool,
@@ -260,11 +263,12 @@ def _make_chunks(
     length = min(CHUNK_TOKENS, max_len)
     half = length // 2
     sizes = tuple(size for size in (half, length - 1 - half, 1) if size > 0)
-    slots = np.array([[min(offset, max_len - length)] for offset in CHUNK_OFFSETS[:rows]], np.int64) + np.arange(length)
+    rows = len(offsets)
+    slots = np.array([[min(offset, max_len - length)] for offset in offsets], np.int64) + np.arange(length)
     if window is not None and length <= window < max_len:
         # as many tokens as would fill the window would take long: the first chunk stands a window before the second
         gap = min(window - WINDOW_MARGIN, max_len - (length - half)) - half
-        slots[0] = min(CHUNK_OFFSETS[0], max_len - length - gap) + np.arange(length)
+        slots[0] = min(offsets[0], max_len - length - gap) + np.arange(length)
         slots[0, half:] += gap
     positions = slots.copy()
     if free_positions:
@@ -384,10 +388,10 @@ def _run_greedy(runner: Runner, case: Case) -> list[list[int]]:
 
 
 def _run_far(runner: Runner, case: Case) -> np.ndarray:
-    """The far prompt in the last slots of the cache, where only those slots may be seen."""
+    """The far prompt, which ends in the last slots of the cache, where only its own slots may be seen."""
     length = len(case.far_prompt)
     positions = np.arange(case.far_position, case.far_position + length, dtype=np.int64)
-    mask = np.zeros((1, runner.cache_spec.max_len), np.int64)
+    mask = np.zeros((1, case.far_position + length), np.int64)
     mask[0, case.far_position :] = 1
     runner.reset(1)
     poison(runner)

@@ -50,6 +50,13 @@ class Runner(Protocol):
     def read_cache(self, index: int) -> np.ndarray:
         """A float32 copy of tensor `index` of CacheSpec.tensors; a cache is [B, kv_heads, max_len, head_dim]."""
 
+    def write_cache(self, index: int, array: np.ndarray) -> None:
+        """Put float32 numbers of that shape in its place: the inverse of read_cache.
+
+        Raises:
+            FeedError: another shape or dtype, reset was not called, or the runner is closed.
+        """
+
     def fill_cache(self, value: float) -> None:
         """Set every slot of every cache to `value`; sums, which have no slots, keep what they hold."""
 
@@ -78,9 +85,10 @@ class Runner(Protocol):
 
 # {name: (module, class)}; imported when it is asked for, because each needs a library of its own
 RUNNERS: dict[str, tuple[str, str]] = {
-    "onnxruntime": ("runtimes.onnxruntime_runner", "OnnxRuntimeRunner"),
+    "onnxruntime": ("runtimes.onnxruntime_layouts", "OnnxRuntimeByLayout"),
     "tensorrt": ("runtimes.tensorrt_runner", "TensorRTRunner"),
     "tensorrt-rtx": ("runtimes.tensorrt_runner", "TensorRTRTXRunner"),
+    "aoti": ("runtimes.aoti_runner", "AOTIRunner"),
 }
 
 

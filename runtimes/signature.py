@@ -22,6 +22,13 @@ LIMITED_BY = {
     "num_tiles": "the model's max_num_tiles",
 }
 
+# Which dimension counts the slots of past and present caches, by the graph's layout; None: max_len, a constant.
+SLOT_DIMS: dict[str, tuple[str | None, str | None]] = {
+    "portable": (None, None),
+    "dynamic": ("past_sequence_length", "total_sequence_length"),
+    "genai": ("past_sequence_length", "total_sequence_length"),
+}
+
 Shape = tuple[int | str, ...]
 T = TypeVar("T")
 
@@ -63,9 +70,12 @@ class StateSpec:
         """Its shape for `batch_size` rows."""
         return (batch_size, *self.shape)
 
-    def symbolic_shape(self) -> Shape:
-        """The same with the dynamic batch dimension."""
-        return ("batch_size", *self.shape)
+    def symbolic_shape(self, slots: str | None = None) -> Shape:
+        """The same with the dynamic batch dimension; `slots` names that of slots where it is dynamic as well."""
+        shape: list[int | str] = ["batch_size", *self.shape]
+        if slots is not None and self.slot_axis is not None:
+            shape[1 + self.slot_axis] = slots
+        return tuple(shape)
 
     def slots(self, array: np.ndarray, row: int, first: int, end: int | None) -> np.ndarray:
         """A view of the slots first .. end of one row of the tensor; [.., slots, ..] without the batch axis."""
@@ -85,6 +95,9 @@ class CacheSpec:
     max_len: int
     dtype: str  # the model's; sums may be wider
     tensors: tuple[StateSpec, ...]
+    # A text of at most so many tokens leaves the same however it is fed; in a longer one, keys are turned by angles
+    # that depend on how long it was at their call. None: it never matters.
+    steady_len: int | None = None
 
     def past_names(self) -> list[str]:
         """Input names; present_names is parallel to it."""
@@ -93,6 +106,11 @@ class CacheSpec:
     def present_names(self) -> list[str]:
         """Output names."""
         return [f"present.{tensor.layer}.{tensor.name}" for tensor in self.tensors]
+
+    def sum_names(self) -> list[str]:
+        """Input names of the tensors without slots, which cannot be taken back to fewer tokens."""
+        pairs = zip(self.past_names(), self.tensors, strict=True)
+        return [name for name, tensor in pairs if tensor.slot_axis is None]
 
     def by_layer(self, items: Sequence[T]) -> list[tuple[T, ...]]:
         """One item for each tensor, grouped by layer."""
@@ -128,6 +146,8 @@ class CacheSpec:
                 raise ValueError(f"axis {axis} of {tensor.name} does not count {self.max_len} slots")
         if not self.tensors:
             raise ValueError("there is no decoding state")
+        if self.steady_len is not None and type(self.steady_len) is not int:
+            raise ValueError("steady_len must be a whole number, or null")
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "CacheSpec":
@@ -209,7 +229,9 @@ class GraphSignature:
             if name not in specs:
                 raise FeedError(f"unknown input {name!r}; this graph takes {', '.join(specs)}")
             spec = specs[name]
-            if str(array.dtype) != spec.dtype:
+            if not isinstance(array, np.ndarray):
+                raise FeedError(f"{name} must be a numpy array, got {type(array).__name__}")
+            if array.dtype != spec.dtype:
                 raise FeedError(f"{name} must be {spec.dtype}, got {array.dtype}")
             if array.ndim != len(spec.shape):
                 raise FeedError(f"{name} must have shape {_show(spec.shape)}, got {_show(array.shape)}")
@@ -239,7 +261,7 @@ class GraphSignature:
                     raise ValueError(f"dimension {dim!r} of {spec.name} has no range")
         for name, sizes in self.dims.items():
             numbers = (sizes.min, sizes.opt, sizes.max)
-            if not all(type(number) is int for number in numbers) or not 0 < sizes.min <= sizes.opt <= sizes.max:
+            if not all(type(number) is int for number in numbers) or not 0 <= sizes.min <= sizes.opt <= sizes.max > 0:
                 raise ValueError(f"the range of dimension {name} is not one: {numbers}")
         if not specs.issuperset([*self.aliases.keys(), *self.aliases.values()]):
             raise ValueError("an alias names no tensor")
@@ -277,3 +299,35 @@ class VisionPart:
     path: Path
     signature: GraphSignature
     spec: VisionSpec
+
+
+def step_signature(graph: GraphSignature, cache: CacheSpec) -> GraphSignature:
+    """What Runner.step takes, of a graph whose own inputs are others: the portable layout's inputs and ranges."""
+
+    def ids(name: str, *shape: str) -> TensorSpec:
+        return TensorSpec(name=name, dtype="int64", shape=shape)
+
+    length = graph.dims["sequence_length"]
+    state = [
+        TensorSpec(name=name, dtype=tensor.dtype, shape=tensor.symbolic_shape())
+        for name, tensor in zip(cache.past_names(), cache.tensors, strict=True)
+    ]
+    return GraphSignature(
+        inputs=(
+            ids("input_ids", "batch_size", "sequence_length"),
+            ids("position_ids", "batch_size", "sequence_length"),
+            ids("write_indices", "batch_size"),
+            ids("attention_mask", "batch_size", "total_sequence_length"),
+            ids("logit_indices", "batch_size", "n"),
+            *state,
+        ),
+        outputs=(),
+        dims={
+            "batch_size": graph.dims["batch_size"],
+            "sequence_length": length,
+            "total_sequence_length": length,
+            "n": dataclasses.replace(length, opt=1),
+        },
+        aliases={},
+        limits=graph.limits,
+    )

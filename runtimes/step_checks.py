@@ -1,12 +1,14 @@
 """The checks that every runner makes before a reset and a step."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from runtimes.errors import FeedError
 from runtimes.signature import CacheSpec, GraphSignature, VisionPart, VisionSpec
+
+NEVER = 2**63 - 1  # a slot, or a position, beyond all
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,8 +53,7 @@ def check_step(
         FeedError: a missing or wrong input, or tokens that would be written beyond the cache (runtimes drop those
             in silence).
     """
-    if not batch_size:
-        raise FeedError("reset(batch_size) must be called before the first step")
+    require_reset(batch_size, "the first step")
     held = {*cache_spec.past_names(), *(() if images is None else images.spec.names())}
     expected = {spec.name for spec in signature.inputs} - held
     if missing := expected - feeds.keys():
@@ -63,7 +64,7 @@ def check_step(
     limits = signature.limits
     _check_range(feeds, "input_ids", limits["input_ids"], "the vocabulary")
     _check_range(feeds, "logit_indices", sizes["sequence_length"], "this call's tokens")
-    _check_range(feeds, "position_ids", limits.get("position_ids", np.iinfo(np.int64).max), "the positions")
+    _check_range(feeds, "position_ids", limits.get("position_ids", NEVER), "the positions")
     if images is not None:
         shown, found = (images.count, images.tiles), (sizes["num_images"], sizes["num_tiles"])
         if found != shown:
@@ -73,8 +74,8 @@ def check_step(
             )
         _check_values(feeds, "cross_attention_mask", (-1, 0, 1))
     mask = feeds["attention_mask"] != 0
-    nearest = np.where(mask.any(axis=1), mask.argmax(axis=1), np.iinfo(np.int64).max)
-    if (blind := nearest > feeds["position_ids"].min(axis=1)).any():  # softmax over nothing: NaN, or anything else
+    first_seen = np.where(mask.any(axis=1), mask.argmax(axis=1), NEVER)
+    if (blind := first_seen > feeds["position_ids"].min(axis=1)).any():  # softmax over nothing: NaN, or anything else
         raise FeedError(
             f"rows {np.flatnonzero(blind).tolist()} hold a token that sees no cache slot: attention_mask must be 1 for"
             " a slot at or before every position"
@@ -98,8 +99,7 @@ def check_images(feeds: Mapping[str, np.ndarray], signature: GraphSignature, bat
     Raises:
         FeedError: a missing or wrong input, or an image without a tile.
     """
-    if not batch_size:
-        raise FeedError("reset(batch_size) must be called before images are shown")
+    require_reset(batch_size, "images are shown")
     if missing := {spec.name for spec in signature.inputs} - feeds.keys():
         raise FeedError(f"missing inputs: {', '.join(sorted(missing))}")
     sizes = signature.check_feeds(feeds)
@@ -120,10 +120,41 @@ def _check_values(feeds: Mapping[str, np.ndarray], name: str, allowed: tuple[int
         raise FeedError(f"{name} holds {wrong[0]}, expected one of {', '.join(map(str, allowed))}")
 
 
+def require_reset(batch_size: int, before: str) -> None:
+    """FeedError unless reset made a cache; `before` says in words what may not come first."""
+    if not batch_size:
+        raise FeedError(f"reset(batch_size) must be called before {before}")
+
+
+def check_index(index: int, names: Sequence[str]) -> None:
+    """FeedError unless there is a tensor of that index; `names` are those of all."""
+    if not 0 <= index < len(names):
+        raise FeedError(f"there is no tensor {index}: they are {names[0]} (0) to {names[-1]} ({len(names) - 1})")
+
+
+def check_cache_array(array: np.ndarray, index: int, cache_spec: CacheSpec, batch_size: int) -> None:
+    """FeedError unless it is float32 numbers for tensor `index` of a cache that reset made."""
+    require_reset(batch_size, "the cache is written")
+    names = cache_spec.past_names()
+    check_index(index, names)
+    _check_float32(array, names[index], cache_spec.tensors[index].array_shape(batch_size))
+
+
+def check_image_array(array: np.ndarray, index: int, held: HeldImages, batch_size: int) -> None:
+    """FeedError unless it is float32 numbers for tensor `index` of the images that the rows were shown."""
+    names = held.spec.names()
+    check_index(index, names)
+    _check_float32(array, names[index], held.spec.array_shape(batch_size, held.count, held.tiles))
+
+
+def _check_float32(array: np.ndarray, name: str, shape: tuple[int, ...]) -> None:
+    if array.dtype != np.float32 or array.shape != shape:
+        raise FeedError(f"{name} must be float32 {list(shape)}, got {array.dtype} {list(array.shape)}")
+
+
 def check_rows(rows: np.ndarray, batch_size: int) -> None:
     """FeedError unless `rows` is int64 [batch_size] and names rows of a cache that reset made."""
-    if not batch_size:
-        raise FeedError("reset(batch_size) must be called before rows are reordered")
+    require_reset(batch_size, "rows are reordered")
     if rows.dtype != np.int64 or rows.shape != (batch_size,):
         raise FeedError(f"rows must be int64 [{batch_size}], got {rows.dtype} {list(rows.shape)}")
     _check_range({"rows": rows}, "rows", batch_size, "the cache's rows")

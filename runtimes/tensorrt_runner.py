@@ -6,7 +6,6 @@ multiple of MASK_BUCKET, and one graph serves all the steps of a bucket.
 
 import logging
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,7 +17,18 @@ from runtimes.cuda import cuda_device_count
 from runtimes.errors import ArtifactError, EngineLoadError, FeedError, RuntimeMissingError
 from runtimes.runner import Feeds
 from runtimes.signature import DTYPE_BYTES, CacheSpec, GraphSignature, StateSpec, VisionPart
-from runtimes.step_checks import HeldImages, check_images, check_reset, check_rows, check_step, require_vision
+from runtimes.step_checks import (
+    HeldImages,
+    check_cache_array,
+    check_image_array,
+    check_images,
+    check_index,
+    check_reset,
+    check_rows,
+    check_step,
+    require_reset,
+    require_vision,
+)
 from runtimes.tensorrt_api import get_logger, import_tensorrt
 
 log = logging.getLogger(__name__)
@@ -169,6 +179,10 @@ class TensorRTRunner:
         self._trt = trt
         (logits,) = (spec for spec in signature.outputs if spec.name == "logits")
         self._vocab_size = int(logits.shape[-1])
+        names = zip(cache_spec.past_names(), cache_spec.present_names(), cache_spec.tensors, strict=True)
+        self._state: list[tuple[str, str, StateSpec]] = list(names)  # (input name, output name, tensor)
+        # sums, which no engine updates in place
+        self._copied = [each for each in self._state if each[1] not in signature.aliases]
         self._batch_size = 0
         self._use_graphs = cuda_graphs
         self._graph: tuple[int, Any] | None = None  # (generation of the decode context, executable graph)
@@ -189,6 +203,8 @@ class TensorRTRunner:
 
     def _load(self, engine_path: Path, signature: GraphSignature, profiles: tuple[int, ...]) -> list[BoundContext]:
         """Load an engine; a context for each of its profiles."""
+        if not engine_path.is_file():
+            raise ArtifactError(f"{engine_path} is missing: export again with --target {self.target}")
         logger = get_logger(self.target)
         logger.clear()
         engine = self._runtime.deserialize_cuda_engine(engine_path.read_bytes())
@@ -213,12 +229,7 @@ class TensorRTRunner:
     @classmethod
     def open(cls, artifact: Artifact, **options: Any) -> "TensorRTRunner":
         """Run the artifact's engines for this library."""
-        engine = artifact.manifest.engines.get(cls.target)
-        if engine is None:
-            held = ", ".join(artifact.manifest.engines) or "none"
-            raise ArtifactError(
-                f"{artifact.folder} holds no {cls.target} engine (engines: {held}): export with --target {cls.target}"
-            )
+        engine = artifact.engine(cls.target, f"{cls.target} engine")
         vision = artifact.vision_part(artifact.manifest.engines.get(engine_key(cls.target, "vision_encoder")))
         signature = artifact.manifest.graphs[engine.graph].signature
         return cls(artifact.path(engine.file), signature, artifact.manifest.cache, vision=vision, **options)
@@ -230,7 +241,7 @@ class TensorRTRunner:
         self._cuda.synchronize()
         self._batch_size = 0  # until the cache is whole
         self._drop_graph()
-        for past, present, tensor in self._state():
+        for past, present, tensor in self._state:
             nbytes = batch_size * tensor.row_bytes
             address = self._buffers.get(past, nbytes)
             self._cuda.call(self._cuda.api.cudaMemsetAsync, address, 0, nbytes, self._cuda.stream)
@@ -253,6 +264,7 @@ class TensorRTRunner:
         count, tiles = check_images(feeds, vision.signature, self._batch_size)
         if self._encoder is None:
             (self._encoder,) = self._load(vision.path, vision.signature, (0,))
+        batch_size, self._batch_size = self._batch_size, 0  # until the images are whole
         self._cuda.synchronize()  # buffers may have to grow
         self._held = HeldImages(spec=vision.spec, count=count, tiles=tiles)
         host = {name: np.ascontiguousarray(array) for name, array in feeds.items()}  # alive until all is done
@@ -260,10 +272,11 @@ class TensorRTRunner:
             address = self._buffers.get(name, array.nbytes)
             self._cuda.upload(address, array)
             self._encoder.bind(name, address, array.shape)
-        for name, address in self._bind_images(self._batch_size):
+        for name, address in self._bind_images(batch_size):
             self._encoder.bind(name, address)
         self._enqueue(self._encoder)
         self._cuda.synchronize()
+        self._batch_size = batch_size
 
     def _bind_images(self, batch_size: int) -> list[tuple[str, int]]:
         """Let the decoder read keys and values of the images that are held; (name, address) of each."""
@@ -303,25 +316,32 @@ class TensorRTRunner:
             self._replay(bound)
         else:
             self._enqueue(bound)
-        for past, present, tensor in self._state():
-            if present not in self.signature.aliases:  # sums: the engine still reads the old while it writes the new
-                nbytes = self._batch_size * tensor.row_bytes
-                source, target = self._buffers.get(present, nbytes), self._buffers.get(past, nbytes)
-                self._cuda.copy(target, source, nbytes)
+        for past, present, tensor in self._copied:  # the engine still read the old while it wrote the new
+            nbytes = self._batch_size * tensor.row_bytes
+            source, target = self._buffers.get(present, nbytes), self._buffers.get(past, nbytes)
+            self._cuda.copy(target, source, nbytes)
         self._cuda.download(logits, address)
         return logits
 
     def read_cache(self, index: int) -> np.ndarray:
         """See Runner.read_cache."""
-        self._require_open()
+        self._require_reset("the cache is read")
+        check_index(index, self.cache_spec.past_names())
         tensor = self.cache_spec.tensors[index]
         array = np.empty(tensor.array_shape(self._batch_size), _numpy_dtype(tensor.dtype))
         self._cuda.download(array, self._buffers.get(self.cache_spec.past_names()[index], array.nbytes))
         return array.astype(np.float32)
 
+    def write_cache(self, index: int, array: np.ndarray) -> None:
+        """See Runner.write_cache."""
+        self._require_open()
+        check_cache_array(array, index, self.cache_spec, self._batch_size)
+        self._overwrite(self.cache_spec.past_names()[index], array, self.cache_spec.tensors[index].dtype)
+
     def read_images(self, index: int) -> np.ndarray:
         """See Runner.read_images."""
-        self._require_open()
+        self._require_reset("images are read")
+        check_index(index, require_vision(self._vision).spec.names())
         held = self._held
         assert held is not None
         array = np.empty(held.spec.array_shape(self._batch_size, held.count, held.tiles), _numpy_dtype(held.spec.dtype))
@@ -330,21 +350,18 @@ class TensorRTRunner:
 
     def write_images(self, index: int, array: np.ndarray) -> None:
         """See Runner.write_images."""
-        self._require_open()
+        self._require_reset("images are written")
         spec = require_vision(self._vision).spec
-        host = np.ascontiguousarray(array.astype(_numpy_dtype(spec.dtype)))
-        self._cuda.upload(self._buffers.get(spec.names()[index], host.nbytes), host)
-        self._cuda.synchronize()  # the host array may go
+        assert self._held is not None
+        check_image_array(array, index, self._held, self._batch_size)
+        self._overwrite(spec.names()[index], array, spec.dtype)
 
     def fill_cache(self, value: float) -> None:
         """See Runner.fill_cache."""
-        self._require_open()
-        for past, _, tensor in self._state():
+        self._require_reset("the cache is filled")
+        for past, _, tensor in self._state:
             if tensor.slot_axis is not None:
-                full = np.full(tensor.array_shape(self._batch_size), value, np.float32)
-                array = full.astype(_numpy_dtype(tensor.dtype))
-                self._cuda.upload(self._buffers.get(past, array.nbytes), array)
-                self._cuda.synchronize()  # the host array may go
+                self._overwrite(past, np.full(tensor.array_shape(self._batch_size), value, np.float32), tensor.dtype)
 
     def reorder_rows(self, rows: np.ndarray) -> None:
         """See Runner.reorder_rows. Nothing leaves the device, and every address stays, so graphs stay valid."""
@@ -354,7 +371,7 @@ class TensorRTRunner:
         if not moved.size:
             return
         crossing = bool(np.isin(rows[moved], moved).any())  # a row is needed that is overwritten as well
-        tensors = [(past, tensor.row_bytes) for past, _, tensor in self._state()]
+        tensors = [(past, tensor.row_bytes) for past, _, tensor in self._state]
         if self.vision_spec is not None:
             tensors += [(name, self._image_row_bytes()) for name in self.vision_spec.names()]
         if crossing:
@@ -391,9 +408,11 @@ class TensorRTRunner:
     ) -> None:
         self.close()
 
-    def _state(self) -> Iterator[tuple[str, str, StateSpec]]:
-        """(input name, output name, tensor) of the decoding state."""
-        return zip(self.cache_spec.past_names(), self.cache_spec.present_names(), self.cache_spec.tensors, strict=True)
+    def _overwrite(self, name: str, array: np.ndarray, dtype: str) -> None:
+        """Put float32 numbers into a tensor that is there."""
+        host = np.ascontiguousarray(array.astype(_numpy_dtype(dtype)))
+        self._cuda.upload(self._buffers.get(name, host.nbytes), host)
+        self._cuda.synchronize()  # the host array may go
 
     def _make_context(self, engine: Any) -> Any:
         return engine.create_execution_context()
@@ -439,6 +458,10 @@ class TensorRTRunner:
     def _require_open(self) -> None:
         if not self._open:
             raise FeedError("this runner is closed")
+
+    def _require_reset(self, before: str) -> None:
+        self._require_open()
+        require_reset(self._batch_size, before)
 
 
 class TensorRTRTXRunner(TensorRTRunner):

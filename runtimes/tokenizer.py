@@ -32,6 +32,10 @@ class Tokenizer:
         ids: list[int] = self._tokenizer.encode(text).ids
         return ids
 
+    def vocabulary(self) -> dict[int, str]:
+        """Every token by its id, special ones included."""
+        return {token_id: token for token, token_id in self._tokenizer.get_vocab(with_added_tokens=True).items()}
+
     def decode(self, ids: list[int]) -> str:
         """The text, without special tokens."""
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True)

@@ -10,18 +10,30 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.errors import RuntimeMissingError
+from runtimes.errors import ArtifactError, RuntimeMissingError
 
 
 def load_onnx(path: Path) -> Any:
-    """The model in `path` as an onnx.ModelProto, its external data not loaded. Needs the onnx package."""
+    """The model in `path` as an onnx.ModelProto, its external data not loaded. Needs the onnx package.
+
+    Raises:
+        RuntimeMissingError: there is no onnx package.
+        ArtifactError: the file is missing or damaged.
+    """
     try:
         import onnx
     except ImportError:
         raise RuntimeMissingError(
             "computing a 16-bit graph in float32 on the CPU needs the onnx package: pip install onnx"
         ) from None
-    return onnx.load(path, load_external_data=False)
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]  # onnx is built on it
+
+    try:
+        return onnx.load(path, load_external_data=False)
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} is missing: export again") from None
+    except DecodeError as error:
+        raise ArtifactError(f"{path} is damaged ({error}): export again") from None
 
 
 def widen(model: Any) -> bytes:
@@ -55,6 +67,17 @@ def widen(model: Any) -> bytes:
     graph.node.extend(nodes)
     serialized: bytes = model.SerializeToString()
     return serialized
+
+
+FLOAT32_ACTIVATIONS = 1  # MatMulNBits' accuracy_level
+
+
+def multiply_in_float32(model: Any) -> None:
+    """Let quantized weights multiply what they are given, and not that rounded to 8 bits."""
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "MatMulNBits" and attribute.name == "accuracy_level":
+                attribute.i = FLOAT32_ACTIVATIONS
 
 
 # Twice what the codes of float4 e2m1 stand for: whole numbers.

@@ -1,7 +1,9 @@
 """Checkpoints and artifacts that many tests share."""
 
 import importlib.util
+import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -64,6 +66,35 @@ def tiny_artifacts(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
 def tiny_artifact(tiny_artifacts: Callable[[str], Artifact]) -> Artifact:
     """tiny_llama as fp32 ONNX."""
     return tiny_artifacts("fp32")
+
+
+@pytest.fixture(scope="session")
+def one_layer_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tiny_llama without its layers but the first: what is slow to compile compiles faster."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("one_layer") / "checkpoint"
+    folder.mkdir()
+    for file in TINY_LLAMA.glob("*.json"):
+        shutil.copy(file, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": 1}
+    (folder / "config.json").write_text(json.dumps(config))
+    dropped = ("model.layers.1.", "model.layers.2.")
+    kept = {k: v for k, v in load_file(TINY_LLAMA / "model.safetensors").items() if not k.startswith(dropped)}
+    save_file(kept, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def torch_artifact(one_layer_llama: Path) -> Artifact:
+    """one_layer_llama as fp32 with packages for PyTorch, not verified; compiled once per session. Do not change it."""
+    from exporter.pipeline import ExportRequest, export
+
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("needs a C++ compiler")
+    out = one_layer_llama.parent / "artifact"
+    export(ExportRequest(checkpoint=one_layer_llama, out=out, targets=("torch",), verify=False))
+    return open_artifact(out)
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ from exporter import pipeline
 from exporter.errors import ExportError
 from exporter.pipeline import ExportRequest, export
 from exporter.precision import AS_STORED, PRECISIONS
-from exporter.verify import onnx_targets, verify_artifact
+from exporter.verify import artifact_targets, verify_artifact
 from graphs.families import FAMILIES
 from runtimes.artifact import Artifact, open_artifact
 from runtimes.signature import GraphSignature
@@ -90,17 +90,7 @@ def _outcome(checkpoint: Path, precision: str, out: Path) -> tuple[str, str]:
     except ExportError as error:
         note = " ".join(str(error).split())
         artifact = run("onnx")
-    manifest = artifact.manifest
-    graph = manifest.graphs["decoder"]
-    targets = onnx_targets(
-        artifact.path(graph.file),
-        graph.signature,
-        manifest.cache,
-        "cpu",
-        artifact.vision_part(),
-        quantized=manifest.quantization is not None,
-    )
-    passed = verify_artifact(artifact, targets).passed
+    passed = verify_artifact(artifact, artifact_targets(artifact, "cpu")).passed
     return f"{RUNS if passed else REFUSED} {REFUSED if note else RUNS}", note
 
 

@@ -22,6 +22,8 @@ import torch
 import transformers
 from torch import Tensor
 
+from exporter.errors import ExportError
+from exporter.layouts import LAYOUTS
 from exporter.pipeline import ExportRequest, export
 from exporter.precision import cache_spec
 from exporter.verify import verify
@@ -122,6 +124,16 @@ CASES: dict[str, FamilyCase] = {
         name="Gemma2",
         config={
             "head_dim": 10,
+            "sliding_window": 6,
+            "query_pre_attn_scalar": 14,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "gemma2, heads of 16": FamilyCase(
+        name="Gemma2",
+        config={
+            "head_dim": 16,
             "sliding_window": 6,
             "query_pre_attn_scalar": 14,
             "attn_logit_softcapping": 2.0,
@@ -352,9 +364,15 @@ def test_a_ragged_batch_with_an_explicit_cache(pair: Pair) -> None:
         assert_close(ours, theirs)
 
 
-def test_the_export(pair: Pair, tmp_path: Path) -> None:
-    """Parity passes, and ONNX Runtime gives transformers' logits for the ragged batch."""
-    result = export(ExportRequest(checkpoint=pair.folder, out=tmp_path / "out", max_len=MAX_LEN))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_export(pair: Pair, layout: str, tmp_path: Path) -> None:
+    """Parity passes, and ONNX Runtime gives transformers' logits for the ragged batch, in every layout."""
+    request = ExportRequest(checkpoint=pair.folder, out=tmp_path / "out", max_len=MAX_LEN, layout=layout)
+    if layout == "genai" and (head_dim := pair.ours.head_dim) % 8:
+        with pytest.raises(ExportError, match=rf"heads of width {head_dim} \(it must be a multiple of 8\)"):
+            export(request)
+        return
+    result = export(request)
     assert result.parity is not None
     assert result.parity.passed, [rung for report in result.parity.reports for rung in report.rungs if not rung.passed]
     with open_runner(open_artifact(tmp_path / "out"), device="cpu") as runner:

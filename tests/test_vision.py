@@ -37,6 +37,7 @@ from runtimes.eager_runner import EagerRunner
 from runtimes.errors import ArtifactError, FeedError
 from runtimes.generation import generate
 from runtimes.images import ImageBatch
+from runtimes.onnxruntime_layouts import LAYOUT_RUNNERS
 from runtimes.onnxruntime_runner import OnnxRuntimeRunner
 from runtimes.runner import Runner, open_runner
 
@@ -473,7 +474,8 @@ def passes(artifact: Artifact, checkpoint: Path, *, target: str = "onnxruntime",
     """The verdict on the artifact's graphs, compared with the checkpoint."""
     graphs, cache = artifact.manifest.graphs, artifact.manifest.cache
     decoder = graphs["decoder"]
-    targets = onnx_targets(artifact.path(decoder.file), decoder.signature, cache, "cpu", artifact.vision_part())
+    part = artifact.vision_part()
+    targets = onnx_targets("portable", artifact.path(decoder.file), decoder.signature, cache, "cpu", part)
     return verify(
         targets[target],
         open_checkpoint(checkpoint),
@@ -518,7 +520,9 @@ class _Runner(OnnxRuntimeRunner):
             feeds = {**feeds, "aspect_ratio_mask": np.ones_like(feeds["aspect_ratio_mask"])}
         super().encode_images(feeds)
         if self.mistake == "keys and values exchanged":
-            self._show([value for pair in zip(self._images[1::2], self._images[::2], strict=True) for value in pair])
+            exchanged = [value for pair in zip(self._images[1::2], self._images[::2], strict=True) for value in pair]
+            assert self._held is not None
+            self._show(exchanged, self._held)
 
     def step(self, feeds: Any) -> np.ndarray:
         mask = feeds["cross_attention_mask"]
@@ -543,7 +547,7 @@ def test_parity_notices_a_runners_mistake(
     mistake: str, exported: Artifact, four_tiles: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With good graphs as well."""
-    monkeypatch.setattr("exporter.verify.OnnxRuntimeRunner", _Runner)
+    monkeypatch.setitem(LAYOUT_RUNNERS, "portable", _Runner)
     monkeypatch.setattr(_Runner, "mistake", mistake)
     assert not passes(exported, four_tiles)
 

@@ -88,7 +88,7 @@ class PortableVisionEncoder(nn.Module):
         return self.wrapped(pixel_values, aspect_ratio_ids, aspect_ratio_mask)
 
 
-def wrap(decoder: TransformerDecoder) -> nn.Module:
+def wrap(decoder: TransformerDecoder, cache: CacheSpec | None = None) -> nn.Module:
     """The decoder as the signature calls it."""
     return PortableVisionDecoder(decoder) if decoder.cross_layers else PortableDecoder(decoder)
 

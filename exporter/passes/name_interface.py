@@ -19,9 +19,8 @@ def name_interface(model: ir.Model, signature: GraphSignature) -> None:
     for value, spec in zip(graph.outputs, signature.outputs, strict=True):
         assert value.shape is not None
         for dim, wanted in zip(value.shape, spec.shape, strict=True):
-            if isinstance(wanted, str) and wanted not in symbols.values():  # a size that follows from others
-                assert isinstance(dim, ir.SymbolicDim), f"{spec.name}: {wanted} was specialised to {dim}"
-                symbols[str(dim.value)] = wanted
+            if isinstance(wanted, str) and not isinstance(dim, int):
+                symbols.setdefault(str(dim.value), wanted)  # a size that follows from others
     for value in _values(graph):
         if value.shape is not None:
             value.shape = ir.Shape([symbols.get(str(_plain(dim)), _plain(dim)) for dim in value.shape])

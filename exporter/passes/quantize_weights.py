@@ -14,6 +14,8 @@ CODES: dict[str, ir.DataType] = {
     "fp8": ir.DataType.FLOAT8E4M3FN,
     "nvfp4": ir.DataType.FLOAT4E2M1,
 }
+CONTRIB_DOMAIN = "com.microsoft"
+INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level: what it multiplies is rounded to 8 bits
 FLOATS: dict[str, ir.DataType] = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
 
 
@@ -22,12 +24,100 @@ def quantize_weights(
 ) -> None:
     """Replace each Transpose of a quantized weight [N, K] by the DequantizeLinear of its codes [K, N], which runtimes
     fuse with the MatMul behind it; and cast what comes from floats of another dtype."""
+    matrices = {label: name for name, weight in quantized.items() for label in weight.members}
+    found: dict[str, list[ir.Value]] = {}
     for name, value in list(model.graph.initializers.items()):
-        if name in quantized:
-            del model.graph.initializers[name]  # its codes have the same name
-            _dequantize(model, value, quantized[name])
+        if name in matrices:
+            del model.graph.initializers[name]  # its codes may have the same name
+            found.setdefault(matrices[name], []).append(value)
         elif name in placed and value.const_value is None and FLOATS[placed[name].dtype] != value.dtype:
             _cast(model, value, FLOATS[placed[name].dtype])
+    for name, weights in found.items():
+        weight = weights[0] if len(weights) == 1 else _join(model, name, weights, quantized[name])
+        (_multiply if quantized[name].rows_first else _dequantize)(model, weight, quantized[name])
+
+
+def _join(model: ir.Model, name: str, weights: list[ir.Value], stored: QuantizedWeight) -> ir.Value:
+    """Let one product take the place of those with several weights, which multiply the same: MatMul, then Split."""
+    by_label = {weight.name: weight for weight in weights}
+    products = [_product(by_label[label]) for label in stored.members]
+    (x,) = {product.inputs[0] for product in products}
+    assert x is not None
+    joined = ir.Value(name=name, shape=ir.Shape(stored.shape), type=weights[0].type)
+    base = _name_of_joined(name, [str(product.name).rpartition("/")[0] for product in products])
+    transpose = _node("Transpose", [joined], f"{base}/Transpose", perm=[1, 0])
+    turned = _result(transpose, joined.dtype, stored.shape[::-1])
+    product = _node("MatMul", [x, turned], f"{base}/MatMul")
+    assert x.shape is not None
+    whole = _result(product, joined.dtype, [*x.shape[:-1], stored.shape[0]])
+    sizes = _constant(model, f"{base}/sizes", list(stored.members.values()))
+    split = ir.node("Split", [whole, sizes], attributes={"axis": -1}, num_outputs=len(products), name=f"{base}/Split")
+    first = min(products, key=list(model.graph).index)
+    model.graph.insert_before(first, [transpose, product, split])
+    for old, part in zip(products, split.outputs, strict=True):
+        (value,) = old.outputs
+        part.name, part.type, part.shape = value.name, value.type, value.shape
+        ir.convenience.replace_all_uses_with(value, part)
+    unused = [node for old in products for node in (old, old.inputs[1].producer())]  # type: ignore[union-attr]
+    model.graph.remove([node for node in unused if node is not None], safe=True)
+    return joined
+
+
+def _name_of_joined(weight: str, modules: list[str]) -> str:
+    """What nodes of a joined weight are called: after the module that holds those it is made of, or, where one module
+    made all products (of experts), after that and the last words of the weight's name."""
+    *_, owner, leaf, _ = weight.split(".")
+    if len(set(modules)) == 1:
+        return f"{modules[0]}.{owner}.{leaf}"
+    return f"{modules[0].rpartition('.')[0]}.{leaf}"
+
+
+def _product(weight: ir.Value) -> ir.Node:
+    """The one MatMul that multiplies by the transposed weight."""
+    (transpose,) = weight.consumers()
+    (product,) = transpose.outputs[0].consumers()
+    assert (transpose.op_type, product.op_type) == ("Transpose", "MatMul")
+    return product
+
+
+def _constant(model: ir.Model, name: str, numbers: list[int]) -> ir.Value:
+    tensor = ir.tensor(numbers, dtype=ir.DataType.INT64, name=name)
+    value = ir.Value(name=name, shape=ir.Shape([len(numbers)]), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    model.graph.initializers[name] = value
+    return value
+
+
+def _multiply(model: ir.Model, weight: ir.Value, stored: QuantizedWeight) -> None:
+    """com.microsoft.MatMulNBits in the place of each Transpose of the weight and the MatMul behind it."""
+    parts = {suffix: _initializer(model, tensor) for suffix, tensor in stored.parts.items()}
+    for suffix, part in parts.items():
+        part.shape = ir.Shape(stored.parts[suffix].shape)
+        if suffix != SCALE:
+            part.dtype = ir.DataType.UINT8
+    outputs, inputs = stored.shape
+    for transpose in weight.consumers():
+        for product in transpose.outputs[0].consumers():
+            assert (transpose.op_type, product.op_type) == ("Transpose", "MatMul")
+            given = [product.inputs[0], parts[""], parts[SCALE], *([parts[ZERO_POINT]] if ZERO_POINT in parts else [])]
+            fused = ir.node(
+                "MatMulNBits",
+                given,
+                attributes={
+                    "K": inputs,
+                    "N": outputs,
+                    "bits": stored.format.grid.bits,
+                    "block_size": stored.format.block,
+                    "accuracy_level": INT8_ACTIVATIONS,
+                },
+                domain=CONTRIB_DOMAIN,
+                name=str(product.name).removesuffix("MatMul") + "MatMulNBits",
+            )
+            result = fused.outputs[0]
+            old = product.outputs[0]
+            result.name, result.type, result.shape = old.name, old.type, old.shape
+            _replace(model, product, [fused])
+        model.graph.remove(transpose, safe=True)
+    model.opset_imports[CONTRIB_DOMAIN] = 1
 
 
 def _dequantize(model: ir.Model, weight: ir.Value, stored: QuantizedWeight) -> None:
@@ -87,7 +177,7 @@ def _initializer(model: ir.Model, tensor: StoredTensor) -> ir.Value:
     return value
 
 
-def _node(op_type: str, inputs: list[ir.Value], name: str, **attributes: int) -> ir.Node:
+def _node(op_type: str, inputs: list[ir.Value], name: str, **attributes: int | list[int]) -> ir.Node:
     return ir.node(op_type, inputs, attributes=attributes, name=name)
 
 
@@ -101,5 +191,5 @@ def _result(node: ir.Node, dtype: ir.DataType | None, shape: object) -> ir.Value
 def _replace(model: ir.Model, node: ir.Node, made: list[ir.Node]) -> None:
     """Put `made` where `node` is; the last one's result takes the place of node's."""
     model.graph.insert_before(node, made)
-    ir.convenience.replace_all_uses_with(node.outputs[0], made[-1].outputs[0])
+    ir.convenience.replace_all_uses_with(node.outputs[0], made[-1].outputs[0], replace_graph_outputs=True)
     model.graph.remove(node, safe=True)

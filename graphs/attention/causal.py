@@ -21,7 +21,9 @@ from graphs.config import DecoderConfig, LayerKind
 from graphs.kv_cache import KVCache
 from graphs.layers import NORMS
 from graphs.positions import RotaryPositionalEmbeddings
-from graphs.state import LayerState, StateTensor, StepContext
+from graphs.state import FusedContext, LayerState, StateTensor, StepContext
+
+FUSED_HEAD_MULTIPLE = 16  # group_query_attention turns heads of such widths only, in ONNX Runtime
 
 
 class CausalSelfAttention(nn.Module):
@@ -46,6 +48,8 @@ class CausalSelfAttention(nn.Module):
         ValueError: num_heads is no multiple of num_kv_heads, embed_dim is none of num_heads, attn_dropout lies outside
             [0, 1], or a projection's width does not fit the heads.
     """
+
+    window: int | None = None  # tokens that a query sees, its own included; None: all before it
 
     def __init__(
         self,
@@ -162,6 +166,8 @@ class CausalSelfAttention(nn.Module):
 
         It goes through forward, and so through __call__, because tracing names nodes after the modules called.
         """
+        if isinstance(context, FusedContext):
+            return self._fused_step(x, context, past)
         q_BHSD = ops.split_heads(self.q_proj(x), self.head_dim)
         k_BKSD = ops.split_heads(self.k_proj(x), self.head_dim)
         v_BKSD = ops.split_heads(self.v_proj(x), self.head_dim)
@@ -169,13 +175,50 @@ class CausalSelfAttention(nn.Module):
         rope = self.pos_embeddings
         if rope is not None:
             assert isinstance(rope, RotaryPositionalEmbeddings)
-            lengths = context.lengths_B if rope.rope.depends_on_length else None
-            tables = context.once((rope.rope, x.dtype), lambda: rope.tables(context.position_ids, x.dtype, lengths))
+            tables = self._tables(rope, context, x.dtype)
             q_BHSD, k_BKSD = rope.rotate(q_BHSD, tables), rope.rotate(k_BKSD, tables)
-        key = ops.update_kv_cache(past[0], k_BKSD, context.write_indices)
-        value = ops.update_kv_cache(past[1], v_BKSD, context.write_indices)
+        key, value = context.updated(past[0], k_BKSD), context.updated(past[1], v_BKSD)
         out = self._attend(q_BHSD, key, value, self._mask(context), lambda: context.distances_BST)
         return self.output_proj(ops.merge_heads(out)), (key, value)
+
+    def _fused_step(self, x: Tensor, context: FusedContext, past: LayerState) -> tuple[Tensor, LayerState]:
+        """The same in one operator, up to what that cannot do."""
+        q_BSE, k_BSE = self.q_proj(x), self.k_proj(x)
+        rope, tables, interleaved = self.pos_embeddings, (None, None), False
+        assert rope is None or isinstance(rope, RotaryPositionalEmbeddings)
+        if rope is not None and (rope.rope.depends_on_length or self.head_dim % FUSED_HEAD_MULTIPLE):
+            turning = self._tables(rope, context, x.dtype)
+            heads = self._normalise(*(ops.split_heads(each, self.head_dim) for each in (q_BSE, k_BSE)))
+            q_BSE, k_BSE = (ops.merge_heads(rope.rotate(each, turning)) for each in heads)
+        else:
+            if self.q_norm is not None:
+                heads = self._normalise(*(each.unflatten(-1, (-1, self.head_dim)) for each in (q_BSE, k_BSE)))
+                q_BSE, k_BSE = (each.flatten(2) for each in heads)
+            if rope is not None:
+                interleaved = rope.rope.interleaved
+                tables = context.once(("all", rope.rope, x.dtype), lambda: _all_tables(rope, context, x.dtype))
+        lengths = (context.seqlens_k, context.total_sequence_length)
+        out, key, value = ops.group_query_attention(
+            q_BSE,
+            k_BSE,
+            self.v_proj(x),
+            *past,
+            *lengths,
+            *tables,
+            self.head_dim,
+            interleaved,
+            self.scale,
+            self.softcap,
+            self.window or 0,
+        )
+        return self.output_proj(out), (key, value)
+
+    def _tables(
+        self, rope: RotaryPositionalEmbeddings, context: StepContext, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """cos and sin of this call's tokens, made once for all layers that are alike."""
+        lengths = context.lengths_B if rope.rope.depends_on_length else None
+        return context.once((rope.rope, dtype), lambda: rope.tables(context.position_ids, dtype, lengths))
 
     def _normalise(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Over the last dimension, D."""
@@ -193,6 +236,12 @@ class CausalSelfAttention(nn.Module):
         self, q_BHSD: Tensor, k_BKMD: Tensor, v_BKMD: Tensor, mask: Tensor, distances_BST: Callable[[], Tensor]
     ) -> Tensor:
         return ops.attention(q_BHSD, k_BKMD, v_BKMD, mask, self.scale, self.softcap)
+
+
+def _all_tables(rope: RotaryPositionalEmbeddings, context: FusedContext, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of every position, each [max_len, dim / 2]."""
+    cos, sin = rope.tables(context.every_position, dtype)
+    return cos[0], sin[0]
 
 
 def projections(config: DecoderConfig) -> dict[str, nn.Module]:

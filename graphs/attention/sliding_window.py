@@ -17,6 +17,8 @@ from graphs.state import StepContext
 class SlidingWindowAttention(CausalSelfAttention):
     """CausalSelfAttention that sees `window` tokens at most."""
 
+    window: int
+
     def __init__(self, *args: Any, window: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if window < 1:

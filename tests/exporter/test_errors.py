@@ -517,7 +517,7 @@ def test_unknown_runtime_or_device(refuses: Callable[..., str], x_artifact: Path
             [*command, "--runtime", "openvino"], "unknown runtime 'openvino'", "onnxruntime, tensorrt, tensorrt-rtx"
         )
         refuses([*command, "--device", "tpu"], "unknown device 'tpu'", "cpu, cuda")
-        refuses([*command, "--runtime", "tensorrt-rtx", "--device", "cpu"], "--device is for onnxruntime")
+        refuses([*command, "--runtime", "tensorrt-rtx", "--device", "cpu"], "--device is not for tensorrt-rtx")
         refuses([*command, "--runtime", "tensorrt-rtx"], "holds no tensorrt-rtx engine", "--target tensorrt-rtx")
 
 

@@ -386,6 +386,7 @@ def test_manifest_repeats_the_graphs_interface(x_graphs: Callable[[str], Path], 
     assert signature["limits"] == {"input_ids": VOCAB}
     dtype = FLOAT_TYPES[precision].dtype
     assert manifest["cache"] == {
+        "steady_len": None,
         "max_len": MAX_LEN,
         "dtype": dtype,
         "tensors": [

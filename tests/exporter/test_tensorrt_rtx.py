@@ -16,6 +16,7 @@ from exporter.errors import ExportError
 from exporter.pipeline import ExportRequest, export
 from exporter.progress import Quiet
 from exporter.targets import TARGETS
+from exporter.targets.target import Job
 from exporter.targets.tensorrt import build_engine, check
 from runtimes.artifact import EngineEntry, open_artifact
 from runtimes.errors import EngineLoadError
@@ -75,7 +76,7 @@ def test_an_export_with_an_engine(x_export: Any) -> None:
     assert manifest["files"][name] == {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
     entry = manifest["engines"].pop(TARGET)
     assert entry == {
-        **{"file": name, "graph": "decoder", "target": TARGET},
+        **{"file": name, "decode_file": None, "graph": "decoder", "target": TARGET},
         **{"library_version": trt.__version__, "gpu_archs": []},
     }
     assert not manifest["engines"]
@@ -322,15 +323,15 @@ def test_an_engine_for_other_gpus_is_not_a_failed_export(
     as not verified, with the reason, and the artifact is published."""
     from exporter import pipeline
 
-    def finish(onnx_path: Path, engine_path: Path, *args: Any, **kwargs: Any) -> EngineEntry:
-        engine_path.write_bytes(b"for another GPU")
-        return EngineEntry(file=engine_path.name, graph="decoder", target=TARGET, library_version="1", gpu_archs=())
+    def finish(job: Job) -> EngineEntry:
+        job.path("engine").write_bytes(b"for another GPU")
+        return EngineEntry(file="engine", graph="decoder", target=TARGET, library_version="1", gpu_archs=())
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise EngineLoadError("decoder.tensorrt-rtx.engine cannot be loaded: it was made for another GPU")
 
     monkeypatch.setitem(TARGETS, TARGET, dataclasses.replace(TARGETS[TARGET], finish=finish))
-    monkeypatch.setitem(pipeline.TENSORRT_RUNNERS, TARGET, refuse)
+    monkeypatch.setitem(pipeline.ENGINE_RUNNERS, TARGET, refuse)
     result = export(ExportRequest(checkpoint=x_one_layer(), out=tmp_path / "out", targets=(TARGET,)))
     assert result.parity is not None
     assert result.parity.passed

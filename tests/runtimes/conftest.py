@@ -1,30 +1,19 @@
-"""A simulated GPU for every test of the runners."""
+"""A simulated GPU for every test of the runners, and artifacts in every layout."""
 
-import functools
-import sys
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import simulated_cuda as sim
-from simulation import Simulate, Simulation, simulated_artifact
+from simulation import Simulate, Simulation, install_device, install_libraries
 
-from runtimes import tensorrt_runner
-from runtimes.artifact import Artifact
-from runtimes.tensorrt_api import FLAVORS, get_logger
+from runtimes.artifact import Artifact, open_artifact
 
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> sim.Device:
     """A simulated GPU behind cuda.bindings."""
-    device = sim.Device()
-    bindings = ModuleType("cuda.bindings")
-    bindings.runtime = device.module()
-    monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
-    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
-    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", bindings.runtime)
-    monkeypatch.setattr(tensorrt_runner, "cuda_device_count", lambda: 1)
-    return device
+    return install_device(monkeypatch)
 
 
 @pytest.fixture
@@ -32,11 +21,25 @@ def simulate(device: sim.Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """Puts both libraries on the device, and engines for them into an artifact."""
 
     def make(artifact: Artifact) -> Simulation:
-        libraries = {target: sim.Library(device, rtx=target == "tensorrt-rtx") for target in FLAVORS}
-        for target, library in libraries.items():
-            monkeypatch.setitem(sys.modules, FLAVORS[target].module, library.module())
-        # The real loggers stay as they are: a library listens only to the first that it was given in a process.
-        monkeypatch.setattr(tensorrt_runner, "get_logger", functools.cache(get_logger.__wrapped__))
-        return Simulation(device=device, libraries=libraries, artifact=simulated_artifact(artifact, tmp_path))
+        return install_libraries(monkeypatch, device, artifact, tmp_path)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_in_layout(
+    tiny_llama: Path, tiny_artifact: Artifact, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Artifact]:
+    """tiny_llama as fp32 ONNX in a layout, not verified; exported once per session."""
+    from exporter.pipeline import ExportRequest, export
+
+    made = {"portable": tiny_artifact}
+
+    def get(layout: str) -> Artifact:
+        if layout not in made:
+            out = tmp_path_factory.mktemp("layouts") / layout
+            export(ExportRequest(checkpoint=tiny_llama, out=out, layout=layout, verify=False))
+            made[layout] = open_artifact(out)
+        return made[layout]
+
+    return get

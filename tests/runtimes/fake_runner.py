@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from runtimes.runner import Feeds
-from runtimes.signature import DimRange
-from runtimes.step_checks import check_rows
+from runtimes.signature import CacheSpec, DimRange, StateSpec
+from runtimes.step_checks import check_cache_array, check_rows
 
 EMPTY = -1
 
@@ -23,7 +23,10 @@ class FakeRunner:
 
     def __init__(self, vocab_size: int, *, seed: int = 0, max_len: int = 16, max_batch: int = 1000) -> None:
         self.vocab_size, self.seed = vocab_size, seed
-        self.cache_spec: Any = SimpleNamespace(max_len=max_len)
+        slots = StateSpec(layer=0, name="ids", dtype="float32", shape=(max_len,), slot_axis=0)
+        self.cache_spec = CacheSpec(max_len=max_len, dtype="float32", tensors=(slots,))
+        self.computes_in = "float32"
+        self.description = "a fake"
         self.vision_spec = None
         self.signature: Any = SimpleNamespace(dims={"batch_size": DimRange(min=1, opt=1, max=max_batch)})
         self.cache = np.zeros((0, max_len), np.int64)
@@ -54,6 +57,14 @@ class FakeRunner:
                 slots = slots[slots < feeds["attention_mask"].shape[1]]
                 logits[row, n] = self.logits_after(self.cache[row, slots[feeds["attention_mask"][row, slots] == 1]])
         return logits
+
+    def read_cache(self, index: int) -> np.ndarray:
+        assert index == 0
+        return self.cache.astype(np.float32)
+
+    def write_cache(self, index: int, array: np.ndarray) -> None:
+        check_cache_array(array, index, self.cache_spec, len(self.cache))
+        self.cache = array.astype(np.int64)
 
     def reorder_rows(self, rows: np.ndarray) -> None:
         check_rows(rows, len(self.cache))

@@ -18,9 +18,6 @@ import simulated_cuda as sim
 from runner_cases import (
     PROMPTS,
     WRONG_FEEDS,
-    assert_only_the_next_slot_is_written,
-    assert_rows_are_reordered,
-    assert_wrong_rows_are_refused,
     forced_logits,
     repeat_rows,
     valid_feeds,
@@ -29,8 +26,6 @@ from safetensors.numpy import save_file
 from simulation import Simulate, Simulation, export_for_this_gpu
 
 from exporter.pipeline import ExportRequest, export
-from exporter.verify import verify
-from graphs.checkpoint import open_checkpoint
 from graphs.families import find_family
 from graphs.loading import expected_shapes
 from runtimes import tensorrt_runner
@@ -40,7 +35,6 @@ from runtimes.decoding import Decoding
 from runtimes.errors import ArtifactError, FeedError, RuntimeMissingError
 from runtimes.generation import generate
 from runtimes.onnxruntime_runner import OnnxRuntimeRunner
-from runtimes.parity import ParityReport
 from runtimes.runner import Runner, open_runner
 from runtimes.tensorrt_api import FLAVORS
 from runtimes.tensorrt_runner import TENSORRT_RUNNERS, TensorRTRunner
@@ -96,25 +90,6 @@ def test_equals_onnxruntime_on_a_ragged_batch(
     assert simulation.device.alive() == {}
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_parity_with_eager_pytorch(simulation: Simulation, tiny_llama: Path, target: str) -> None:
-    """The gate that an export runs: poisoned cache, far end of the cache, greedy tokens."""
-    report = _parity(target, simulation.artifact, tiny_llama)
-    assert report.passed, [rung for rung in report.rungs if not rung.passed]
-    assert simulation.device.alive() == {}
-
-
-def _parity(target: str, artifact: Artifact, checkpoint: Path) -> ParityReport:
-    manifest = artifact.manifest
-    return verify(
-        lambda: TENSORRT_RUNNERS[target].open(artifact),
-        open_checkpoint(checkpoint),
-        layout=manifest.layout,
-        signature=manifest.graphs["decoder"].signature,
-        cache=manifest.cache,
-    )
-
-
 def test_generates_the_tokens_of_onnxruntime(runner: Runner, reference: Runner) -> None:
     """Greedy ids of a ragged batch, until the longest row has filled the cache."""
     assert generate(runner, PROMPTS).token_ids == generate(reference, PROMPTS).token_ids
@@ -140,64 +115,7 @@ def test_a_prompt_of_one_token(simulation: Simulation, runner: Runner, reference
     assert not simulation.count("profile 0")
 
 
-def test_logits_of_several_positions(runner: Runner, reference: Runner) -> None:
-    """logit_indices picks any number, in any order; then fewer; and two of a single token, which no decode step has."""
-    single = {"position_ids": np.array([[3]]), "write_indices": np.array([3]), "input_ids": np.array([[8]])}
-    single |= {"attention_mask": np.ones((1, 4), np.int64), "logit_indices": np.array([[0, 0]])}
-    calls = [
-        valid_feeds(logit_indices=np.array([[2, 0, 1, 1]])),
-        valid_feeds(logit_indices=np.array([[1]])),
-        single,
-        single | {"logit_indices": np.array([[0]])},
-    ]
-    for each in (runner, reference):
-        each.reset(1)
-    for feeds in calls:
-        np.testing.assert_allclose(runner.step(feeds), reference.step(feeds), atol=ATOL)
-
-
-def test_a_cache_in_several_prefills(runner: Runner, reference: Runner) -> None:
-    """A second prompt written behind the first sees it."""
-    second = valid_feeds(
-        input_ids=np.array([[20, 30]]),
-        position_ids=np.array([[3, 4]]),
-        write_indices=np.array([3]),
-        attention_mask=np.ones((1, 5), np.int64),
-        logit_indices=np.array([[1]]),
-    )
-    for each in (runner, reference):
-        each.reset(1)
-        each.step(valid_feeds())
-    np.testing.assert_allclose(runner.step(second), reference.step(second), atol=ATOL)
-
-
-def test_results_are_the_callers_own(runner: Runner) -> None:
-    """Logits and cache that were handed out do not change when the next step runs."""
-    decoding = Decoding(runner)
-    first = decoding.prefill([[1, 5, 9]])
-    cache = runner.read_cache(0)
-    kept = first.copy(), cache.copy()
-    decoding.decode(np.array([3]))
-    np.testing.assert_array_equal(first, kept[0])
-    np.testing.assert_array_equal(cache, kept[1])
-
-
-def test_strided_inputs(runner: Runner, reference: Runner) -> None:
-    """Views are copied, and the copies live until the device has them: pageable memory may be read late."""
-    feeds = repeat_rows(valid_feeds(), 2)
-    views = {name: np.repeat(array, 2, axis=-1)[..., ::2] for name, array in feeds.items()}
-    assert not any(view.flags.c_contiguous for view in views.values())
-    for each in (runner, reference):
-        each.reset(2)
-    np.testing.assert_allclose(runner.step(views), reference.step(feeds), atol=ATOL)
-
-
 # --- the cache --------------------------------------------------------------------------------------------------------
-
-
-def test_the_cache_holds_what_was_written_and_nothing_else(runner: Runner) -> None:
-    """In place, and only there."""
-    assert_only_the_next_slot_is_written(runner)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -358,21 +276,6 @@ def test_close_frees_everything_and_may_be_repeated(simulation: Simulation) -> N
     assert simulation.device.alive() == {}
 
 
-def test_an_unused_runner_and_one_that_fails_inside_a_with_block_are_freed(simulation: Simulation) -> None:
-    """Nothing depends on a reset, and the block's own error comes through."""
-
-    def fail() -> None:
-        with _opened(simulation) as runner:
-            runner.reset(2)
-            raise KeyError("mine")
-
-    with _opened(simulation):
-        pass
-    with pytest.raises(KeyError, match="mine"):
-        fail()
-    assert simulation.device.alive() == {}
-
-
 def _opened(simulation: Simulation) -> Runner:
     return open_runner(simulation.artifact, "tensorrt")
 
@@ -385,16 +288,6 @@ def test_two_runners_do_not_share_anything(simulation: Simulation, reference: Ru
     first.close()
     _assert_equal(second, reference, PROMPTS, 3, seed=1)
     second.close()
-    assert simulation.device.alive() == {}
-
-
-@pytest.mark.parametrize("cuda_graphs", [True, False])
-@pytest.mark.parametrize("target", TARGETS)
-def test_rows_are_reordered(simulation: Simulation, target: str, cuda_graphs: bool) -> None:
-    """On the device, for both libraries, and with graphs that were captured before."""
-    with open_runner(simulation.artifact, target, cuda_graphs=cuda_graphs) as runner:
-        assert_wrong_rows_are_refused(runner)
-        assert_rows_are_reordered(runner)
     assert simulation.device.alive() == {}
 
 
@@ -453,28 +346,6 @@ def test_wrong_feeds_are_refused(
         runner.step(wrong)
     assert simulation.device.log == log
     runner.step(valid_feeds())  # and the runner still works
-
-
-def test_use_before_reset_and_after_close_is_refused(simulation: Simulation) -> None:
-    """Every method, instead of a crash inside the library."""
-    runner = open_runner(simulation.artifact, "tensorrt")
-    with pytest.raises(FeedError, match=r"reset\(batch_size\) must be called"):
-        runner.step(valid_feeds())
-    for rows in (0, 9):
-        with pytest.raises(FeedError, match=f"batch_size {rows}: this artifact takes 1 to 8 rows"):
-            runner.reset(rows)
-    runner.reset(1)
-    runner.close()
-    uses: list[Callable[[], Any]] = [
-        lambda: runner.reset(1),
-        lambda: runner.step(valid_feeds()),
-        lambda: runner.read_cache(0),
-        lambda: runner.fill_cache(0.0),
-        lambda: runner.reorder_rows(np.array([0])),
-    ]
-    for use in uses:
-        with pytest.raises(FeedError, match="this runner is closed"):
-            use()
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -666,14 +537,6 @@ def _on_gpu(artifact: Artifact, **options: Any) -> Runner:
 
 
 @pytest.mark.cuda
-def test_gpu_parity(gpu_artifact: Artifact, tiny_llama: Path) -> None:
-    """The real engine against eager PyTorch, by the gate that an export runs."""
-    (target,) = gpu_artifact.manifest.engines
-    report = _parity(target, gpu_artifact, tiny_llama)
-    assert report.passed, [rung for rung in report.rungs if not rung.passed]
-
-
-@pytest.mark.cuda
 def test_gpu_generates_the_tokens_of_onnxruntime(gpu_artifact: Artifact) -> None:
     """Until the cache is full, across the edge of a mask bucket, with and without CUDA graphs."""
     graph = gpu_artifact.manifest.graphs["decoder"]
@@ -697,21 +560,6 @@ def test_gpu_graphs_change_nothing(gpu_artifact: Artifact, monkeypatch: pytest.M
             traces.append([_steps(runner, prompts, 30, seed) for seed, prompts in enumerate(batches)])
     for with_graphs, without in zip(*traces, strict=True):
         np.testing.assert_allclose(with_graphs, without, atol=1e-3)
-
-
-@pytest.mark.cuda
-def test_gpu_cache_is_updated_in_place(gpu_artifact: Artifact) -> None:
-    """Slots that no token was written to keep what they held."""
-    with _on_gpu(gpu_artifact) as runner:
-        assert_only_the_next_slot_is_written(runner)
-
-
-@pytest.mark.cuda
-def test_gpu_rows_are_reordered(gpu_artifact: Artifact) -> None:
-    """The moves are exact; a batch of other rows may round elsewhere."""
-    with _on_gpu(gpu_artifact) as runner:
-        assert_wrong_rows_are_refused(runner)
-        assert_rows_are_reordered(runner, atol=1e-2)
 
 
 @pytest.mark.cuda

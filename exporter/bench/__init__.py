@@ -1,0 +1,1 @@
+"""How fast an artifact decodes, beside other runtimes on the same checkpoint."""

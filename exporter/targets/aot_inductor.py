@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from filelock import FileLock  # torch itself needs it
 from torch import nn
 from torch.export import ExportedProgram
 
@@ -45,6 +46,7 @@ SETTINGS = {
     "aot_inductor.enable_line_tables": False,
 }
 
+LOCK_FILE = "export_llm.lock"  # in Inductor's cache
 NO_SOURCE = "// compiled by export-llm --target torch\n"
 
 
@@ -122,17 +124,23 @@ def _facts(device: str, prefix: str, module: nn.Module, places: Mapping[str, Sto
 
 
 def _compile(program: ExportedProgram, job: Job, file: str, facts: PackageFacts) -> None:
+    from torch._inductor.runtime.runtime_utils import cache_dir  # as in _package
+
     settings = SETTINGS | {"aot_inductor.metadata": {METADATA_KEY: facts.to_json()}}
     args, kwargs = program.example_inputs
+    # Another export may compile the same program, and Inductor would write the files that are read here.
+    cache = Path(cache_dir())
+    cache.mkdir(parents=True, exist_ok=True)
     try:
-        with quiet_torch(), torch.no_grad():
+        with FileLock(cache / LOCK_FILE), quiet_torch(), torch.no_grad():
             made = torch._inductor.aot_compile(program.module(check_guards=False), args, kwargs, options=settings)
+            package = _package([Path(each) for each in made])
     except (RuntimeError, NotImplementedError, AssertionError) as error:
         reason = str(error).strip().splitlines()
         raise ExportError(
             f"PyTorch {torch.__version__} cannot compile {file}: {reason[0] if reason else type(error).__name__}"
         ) from error
-    job.path(file).write_bytes(_package([Path(each) for each in made]))
+    job.path(file).write_bytes(package)
 
 
 def _package(files: list[Path]) -> bytes:

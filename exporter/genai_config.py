@@ -4,14 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from exporter.layouts.genai import LOGIT_INDICES
 from exporter.source import Source
 from graphs.keys import read_json
 from runtimes.artifact import CLIENT_GRAPH_FILE
+from runtimes.onnxruntime_session import ERRORS_ONLY
 from runtimes.signature import CacheSpec, GraphSignature
 
 # Its own names of text models; "decoder" stands for any other.
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "granite", "smollm3")
-ERRORS_ONLY = 3  # ONNX Runtime's log severity; it would warn of an input with a default, which is meant
 
 
 def genai_config(source: Source, signature: GraphSignature, cache: CacheSpec, *, shared_cache: bool) -> str:
@@ -22,7 +23,7 @@ def genai_config(source: Source, signature: GraphSignature, cache: CacheSpec, *,
     """
     config = source.config
     inputs = [spec.name for spec in signature.inputs if not spec.name.startswith("past_key_values.")]
-    own_inputs = [name for name in inputs if name != "logit_indices"]
+    own_inputs = [name for name in inputs if name != LOGIT_INDICES]
     model: dict[str, Any] = {
         "type": config.model_type if config.model_type in MODEL_TYPES else "decoder",
         "vocab_size": config.vocab_size,
@@ -32,7 +33,7 @@ def genai_config(source: Source, signature: GraphSignature, cache: CacheSpec, *,
             "filename": CLIENT_GRAPH_FILE,
             "session_options": {
                 "log_id": "onnxruntime-genai",
-                "log_severity_level": ERRORS_ONLY,
+                "log_severity_level": ERRORS_ONLY,  # it would warn of an input with a default, which is meant
                 "provider_options": [],
             },
             "hidden_size": config.hidden_size,

@@ -20,9 +20,7 @@ from graphs.families import find_family
 from graphs.near_ties import Chooser
 from runtimes.artifact import Artifact
 from runtimes.errors import ArtifactError, EngineLoadError, RuntimeMissingError
-from runtimes.onnxruntime_growing import GrowingOnnxRuntimeRunner
-from runtimes.onnxruntime_layouts import LAYOUT_RUNNERS
-from runtimes.onnxruntime_runner import OnnxRuntimeRunner
+from runtimes.onnxruntime_layouts import LAYOUT_RUNNERS, AnyOnnxRuntimeRunner
 from runtimes.parity import ParityReport, ParitySummary, Rung, judge, make_case, run_case
 from runtimes.runner import Runner
 from runtimes.signature import CacheSpec, GraphSignature, VisionPart
@@ -78,7 +76,7 @@ def verify(
         computes_in = runner.computes_in
         description = runner.description
         on_onnxruntime_cpu, exact = False, False
-        if isinstance(runner, OnnxRuntimeRunner | GrowingOnnxRuntimeRunner):
+        if isinstance(runner, AnyOnnxRuntimeRunner):
             on_onnxruntime_cpu, exact = runner.device == "cpu", runner.in_float32
         int8_activations = on_onnxruntime_cpu and not exact and bool(checkpoint.packed)
 

@@ -7,11 +7,10 @@ import numpy as np
 
 from runtimes.errors import FeedError
 from runtimes.onnxruntime_runner import OnnxRuntimeRunner
+from runtimes.onnxruntime_session import ERRORS_ONLY
 from runtimes.runner import Feeds
 from runtimes.signature import CacheSpec, GraphSignature, VisionPart, step_signature
 from runtimes.step_checks import check_step
-
-ERRORS_ONLY = 3
 
 
 class FusedOnnxRuntimeRunner(OnnxRuntimeRunner):

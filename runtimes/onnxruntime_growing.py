@@ -52,7 +52,6 @@ class GrowingOnnxRuntimeRunner:
         self.cache_spec = cache_spec
         self._session = self._runtime.load(model)
         self._runtime.require_on_device(self._session, cache_spec.past_names())
-        self._takes = {value.name for value in self._session.get_inputs()}
         self._cache: list[Any] = []
         self._columns = 0
         self._offsets = np.zeros(0, np.int64)  # [B]
@@ -90,8 +89,7 @@ class GrowingOnnxRuntimeRunner:
         own["attention_mask"] = self._mask_of_columns(seen, self._columns + length)
         binding = session.io_binding()  # whose outputs are new ones every time
         for name, array in own.items():
-            if name in self._takes:
-                binding.bind_cpu_input(name, np.ascontiguousarray(array))
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
         for name, value in zip(self.cache_spec.past_names(), self._cache, strict=True):
             binding.bind_ortvalue_input(name, value)
         binding.bind_output("logits", "cpu")

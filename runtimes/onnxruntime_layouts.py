@@ -7,6 +7,7 @@ from runtimes.onnxruntime_fused import FusedOnnxRuntimeRunner
 from runtimes.onnxruntime_growing import GrowingOnnxRuntimeRunner
 from runtimes.onnxruntime_runner import OnnxRuntimeRunner
 
+AnyOnnxRuntimeRunner = OnnxRuntimeRunner | GrowingOnnxRuntimeRunner  # FusedOnnxRuntimeRunner is one of the former
 LAYOUT_RUNNERS: dict[str, Any] = {
     "portable": OnnxRuntimeRunner,
     "dynamic": GrowingOnnxRuntimeRunner,

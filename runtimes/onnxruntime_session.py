@@ -15,6 +15,7 @@ from runtimes.errors import ArtifactError, RuntimeMissingError
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 NUMPY = {"float32": np.float32, "float16": np.float16}
+ERRORS_ONLY = 3  # of log severities
 ONNX_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
 
 # TF32 is the default there, and not what fp32 promises. Convolutions, which only vision encoders have, do not try every
@@ -59,7 +60,7 @@ def run_model_file(model: Path | bytes, inputs: list[np.ndarray]) -> list[np.nda
     """The same for a model in a file, which may have external data, or serialised."""
     ort = import_onnxruntime()
     options = ort.SessionOptions()
-    options.log_severity_level = 3  # errors: that a lone TensorScatter copies its cache is no news here
+    options.log_severity_level = ERRORS_ONLY  # that a lone TensorScatter copies its cache is no news here
     source = model if isinstance(model, bytes) else str(model)
     session = ort.InferenceSession(source, options, providers=[PROVIDERS["cpu"]])
     feeds = {

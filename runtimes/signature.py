@@ -42,6 +42,19 @@ class TensorSpec:
     shape: Shape
 
 
+# What every runner's step takes beside state and images, and the portable layout's inputs.
+STEP_INPUTS = tuple(
+    TensorSpec(name=name, dtype="int64", shape=shape)
+    for name, shape in (
+        ("input_ids", ("batch_size", "sequence_length")),
+        ("position_ids", ("batch_size", "sequence_length")),
+        ("write_indices", ("batch_size",)),
+        ("attention_mask", ("batch_size", "total_sequence_length")),
+        ("logit_indices", ("batch_size", "n")),
+    )
+)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DimRange:
     """The sizes a dynamic dimension may take, and the one to optimise for."""
@@ -111,6 +124,20 @@ class CacheSpec:
         """Input names of the tensors without slots, which cannot be taken back to fewer tokens."""
         pairs = zip(self.past_names(), self.tensors, strict=True)
         return [name for name, tensor in pairs if tensor.slot_axis is None]
+
+    def past_specs(self, slots: str | None = None) -> tuple[TensorSpec, ...]:
+        """What a graph takes; `slots` names the dimension of slots where it is dynamic."""
+        return self._specs(self.past_names(), slots)
+
+    def present_specs(self, slots: str | None = None) -> tuple[TensorSpec, ...]:
+        """What a graph returns."""
+        return self._specs(self.present_names(), slots)
+
+    def _specs(self, names: Sequence[str], slots: str | None) -> tuple[TensorSpec, ...]:
+        return tuple(
+            TensorSpec(name=name, dtype=tensor.dtype, shape=tensor.symbolic_shape(slots))
+            for name, tensor in zip(names, self.tensors, strict=True)
+        )
 
     def by_layer(self, items: Sequence[T]) -> list[tuple[T, ...]]:
         """One item for each tensor, grouped by layer."""
@@ -303,24 +330,9 @@ class VisionPart:
 
 def step_signature(graph: GraphSignature, cache: CacheSpec) -> GraphSignature:
     """What Runner.step takes, of a graph whose own inputs are others: the portable layout's inputs and ranges."""
-
-    def ids(name: str, *shape: str) -> TensorSpec:
-        return TensorSpec(name=name, dtype="int64", shape=shape)
-
     length = graph.dims["sequence_length"]
-    state = [
-        TensorSpec(name=name, dtype=tensor.dtype, shape=tensor.symbolic_shape())
-        for name, tensor in zip(cache.past_names(), cache.tensors, strict=True)
-    ]
     return GraphSignature(
-        inputs=(
-            ids("input_ids", "batch_size", "sequence_length"),
-            ids("position_ids", "batch_size", "sequence_length"),
-            ids("write_indices", "batch_size"),
-            ids("attention_mask", "batch_size", "total_sequence_length"),
-            ids("logit_indices", "batch_size", "n"),
-            *state,
-        ),
+        inputs=(*STEP_INPUTS, *cache.past_specs()),
         outputs=(),
         dims={
             "batch_size": graph.dims["batch_size"],

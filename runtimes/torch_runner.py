@@ -19,6 +19,7 @@ from runtimes.step_checks import (
     check_reset,
     check_rows,
     check_step,
+    require_reset,
     require_vision,
 )
 
@@ -177,8 +178,7 @@ class TorchRunner(ABC):
 
     def _require_reset(self, before: str) -> None:
         self._require_open()
-        if not self._batch_size:
-            raise FeedError(f"reset(batch_size) must be called before {before}")
+        require_reset(self._batch_size, before)
 
     def _tensors(self, feeds: Feeds, names: list[str]) -> list[Any]:
         return [self._torch.from_numpy(np.ascontiguousarray(feeds[name])).to(self.device) for name in names]

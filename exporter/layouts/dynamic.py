@@ -9,14 +9,12 @@ from torch import Tensor, nn
 
 from exporter.errors import ExportError
 from exporter.layouts import portable
-from exporter.layouts.portable import spec
+from exporter.layouts.portable import length_range, limits, spec
 from graphs.config import DecoderConfig
 from graphs.state import GrowingContext, LayerState
 from graphs.transformer import TransformerDecoder
 from runtimes.artifact import CLIENT_GRAPH_FILE
-from runtimes.signature import SLOT_DIMS, CacheSpec, DimRange, GraphSignature, TensorSpec, VisionSpec
-
-OPT_PAST = 128
+from runtimes.signature import SLOT_DIMS, CacheSpec, DimRange, GraphSignature, VisionSpec
 
 
 class DynamicDecoder(nn.Module):
@@ -46,17 +44,9 @@ def require_text_and_caches(layout: str, config: DecoderConfig, cache: CacheSpec
         )
 
 
-def cache_specs(names: list[str], cache: CacheSpec, slots: str | None) -> list[TensorSpec]:
-    """Past or present tensors, whose slots are counted by that dimension."""
-    return [
-        spec(name, *tensor.symbolic_shape(slots), dtype=tensor.dtype)
-        for name, tensor in zip(names, cache.tensors, strict=True)
-    ]
-
-
 def length_dims(cache: CacheSpec, max_batch: int) -> dict[str, DimRange]:
     """Sizes of the dimensions that clients choose."""
-    length = DimRange(min=1, opt=min(OPT_PAST, cache.max_len), max=cache.max_len)
+    length = length_range(cache)
     return {
         "batch_size": DimRange(min=1, opt=1, max=max_batch),
         "sequence_length": length,
@@ -70,24 +60,21 @@ def signature(
 ) -> GraphSignature:
     """The decoder's inputs and outputs for one model; ExportError where the layout cannot carry its state."""
     require_text_and_caches("dynamic", config, cache)
-    limits = {"input_ids": config.embedding_size}
-    if config.position_limit is not None:
-        limits["position_ids"] = config.position_limit
     past, present = SLOT_DIMS["dynamic"]
     return GraphSignature(
         inputs=(
             spec("input_ids", "batch_size", "sequence_length"),
             spec("attention_mask", "batch_size", "total_sequence_length"),
             spec("position_ids", "batch_size", "sequence_length"),
-            *cache_specs(cache.past_names(), cache, past),
+            *cache.past_specs(past),
         ),
         outputs=(
             spec("logits", "batch_size", "sequence_length", config.vocab_size, dtype="float32"),
-            *cache_specs(cache.present_names(), cache, present),
+            *cache.present_specs(present),
         ),
         dims=length_dims(cache, max_batch),
         aliases={},
-        limits=limits,
+        limits=limits(config),
     )
 
 

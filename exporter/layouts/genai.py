@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from exporter.errors import ExportError
 from exporter.layouts import portable
-from exporter.layouts.dynamic import cache_specs, length_dims, require_text_and_caches
-from exporter.layouts.portable import spec
+from exporter.layouts.dynamic import length_dims, require_text_and_caches
+from exporter.layouts.portable import limits, spec
+from exporter.passes import CONTRIB_DOMAIN
 from exporter.passes.fuse_skip_norm import fuse_skip_norm
 from exporter.passes.pack_qkv import pack_qkv
 from graphs.config import DecoderConfig
@@ -63,15 +64,15 @@ def signature(
             spec("input_ids", "batch_size", "sequence_length"),
             spec("attention_mask", "batch_size", "total_sequence_length"),
             spec(LOGIT_INDICES, "batch_size", "n"),
-            *cache_specs(cache.past_names(), cache, past),
+            *cache.past_specs(past),
         ),
         outputs=(
             spec("logits", "batch_size", "n", config.vocab_size, dtype="float32"),
-            *cache_specs(cache.present_names(), cache, present),
+            *cache.present_specs(present),
         ),
         dims=length_dims(cache, max_batch) | {"n": DimRange(min=1, opt=1, max=cache.max_len)},
         aliases=dict(zip(cache.present_names(), cache.past_names(), strict=True)),
-        limits={"input_ids": config.embedding_size},
+        limits=limits(config),
     )
 
 
@@ -95,7 +96,7 @@ def _parameter(name: str, types: str, *, optional: bool = False) -> OpSchema.For
 # As ONNX Runtime's contrib operators document it, up to what is used here; onnxscript builds no node without a schema.
 _SCHEMA = OpSchema(
     "GroupQueryAttention",
-    "com.microsoft",
+    CONTRIB_DOMAIN,
     1,
     inputs=[
         _parameter("query", "T"),
@@ -127,7 +128,7 @@ _SCHEMA = OpSchema(
         ),
     ],
 )
-_group_query_attention_op = values.Op(values.Opset("com.microsoft", 1), "GroupQueryAttention", _SCHEMA)
+_group_query_attention_op = values.Op(values.Opset(CONTRIB_DOMAIN, 1), "GroupQueryAttention", _SCHEMA)
 
 
 def _group_query_attention(

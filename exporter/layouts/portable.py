@@ -16,13 +16,14 @@ from graphs.config import DecoderConfig
 from graphs.state import LayerState
 from graphs.transformer import TransformerDecoder
 from graphs.vision import VisionEncoder
-from runtimes.signature import CacheSpec, DimRange, GraphSignature, TensorSpec, VisionSpec
+from runtimes.signature import STEP_INPUTS, CacheSpec, DimRange, GraphSignature, TensorSpec, VisionSpec
 
 OPSET = 24
 IR_VERSION = 12  # ONNX 1.19, which introduced opset 24
 _FLOAT = 1  # onnx.TensorProto.FLOAT
 # TensorRT-RTX's compiler may fail on the Attention operator in 16 bits, with heads whose width is no multiple of this.
 TENSORRT_HEAD_MULTIPLE = 8
+OPT_LENGTH = 128  # tokens that kernels are chosen for
 op = values.Opset("", OPSET)  # onnxscript's own typed opsets end at 23
 
 
@@ -102,36 +103,24 @@ def signature(
     config: DecoderConfig, cache: CacheSpec, max_batch: int, vision: VisionSpec | None = None
 ) -> GraphSignature:
     """The decoder's inputs and outputs for one model."""
-
-    def state(names: list[str]) -> list[TensorSpec]:
-        pairs = zip(names, cache.tensors, strict=True)
-        return [spec(name, *tensor.symbolic_shape(), dtype=tensor.dtype) for name, tensor in pairs]
-
     past, present = cache.past_names(), cache.present_names()
     # A slot is written before it is read, so a cache may be updated in place; a sum is read after its update is made.
     in_place = [tensor.slot_axis is not None for tensor in cache.tensors]
-    limits = {"input_ids": config.embedding_size}
-    if config.position_limit is not None:
-        limits["position_ids"] = config.position_limit
-    length = DimRange(min=1, opt=min(128, cache.max_len), max=cache.max_len)
+    length = length_range(cache)
     return GraphSignature(
         inputs=(
-            spec("input_ids", "batch_size", "sequence_length"),
-            spec("position_ids", "batch_size", "sequence_length"),
-            spec("write_indices", "batch_size"),
-            spec("attention_mask", "batch_size", "total_sequence_length"),
-            spec("logit_indices", "batch_size", "n"),
+            *STEP_INPUTS,
             *(
                 ()
                 if vision is None
                 else (spec("cross_attention_mask", "batch_size", "sequence_length", "num_images", "num_tiles"),)
             ),
-            *state(past),
+            *cache.past_specs(),
             *(() if vision is None else _cross(vision)),
         ),
         outputs=(
             spec("logits", "batch_size", "n", config.vocab_size, dtype="float32"),
-            *state(present),
+            *cache.present_specs(),
         ),
         dims={
             "batch_size": DimRange(min=1, opt=1, max=max_batch),
@@ -141,8 +130,19 @@ def signature(
             **({} if vision is None else _image_dims(vision)),
         },
         aliases={new: old for new, old, aliased in zip(present, past, in_place, strict=True) if aliased},
-        limits=limits,
+        limits=limits(config),
     )
+
+
+def limits(config: DecoderConfig) -> dict[str, int]:
+    """{input: its numbers are below this}."""
+    positions = {} if config.position_limit is None else {"position_ids": config.position_limit}
+    return {"input_ids": config.embedding_size, **positions}
+
+
+def length_range(cache: CacheSpec) -> DimRange:
+    """Of tokens in a call, or in a row."""
+    return DimRange(min=1, opt=min(OPT_LENGTH, cache.max_len), max=cache.max_len)
 
 
 def encoder_signature(config: DecoderConfig, vision: VisionSpec, max_batch: int) -> GraphSignature:

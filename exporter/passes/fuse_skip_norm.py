@@ -2,7 +2,7 @@
 
 import onnx_ir as ir
 
-DOMAIN = "com.microsoft"
+from exporter.passes import CONTRIB_DOMAIN
 
 
 def fuse_skip_norm(model: ir.Model) -> None:
@@ -17,7 +17,7 @@ def fuse_skip_norm(model: ir.Model) -> None:
             "SkipSimplifiedLayerNormalization",
             [*add.inputs, weight],
             attributes={"epsilon": norm.attributes["epsilon"].as_float()},
-            domain=DOMAIN,
+            domain=CONTRIB_DOMAIN,
             num_outputs=4,
             name=str(norm.name).replace("RMSNormalization", "SkipSimplifiedLayerNormalization"),
         )
@@ -29,7 +29,7 @@ def fuse_skip_norm(model: ir.Model) -> None:
         model.graph.insert_after(add, fused)
         model.graph.remove([add, norm], safe=True)
     model.graph.sort()  # a norm's weight may be computed behind the addition
-    model.opset_imports[DOMAIN] = 1
+    model.opset_imports[CONTRIB_DOMAIN] = 1
 
 
 def _alike(add: ir.Node) -> bool:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
+from exporter.passes import CONTRIB_DOMAIN
 from exporter.weights import QuantizedWeight
 from graphs.checkpoint import StoredTensor
 from graphs.formats.own import SCALE, TENSOR_SCALE, ZERO_POINT
@@ -14,7 +15,6 @@ CODES: dict[str, ir.DataType] = {
     "fp8": ir.DataType.FLOAT8E4M3FN,
     "nvfp4": ir.DataType.FLOAT4E2M1,
 }
-CONTRIB_DOMAIN = "com.microsoft"
 INT8_ACTIVATIONS = 4  # MatMulNBits' accuracy_level: what it multiplies is rounded to 8 bits
 FLOATS: dict[str, ir.DataType] = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from runtimes.errors import FeedError
@@ -214,6 +214,8 @@ def test_the_whole_chain_is_that_of_transformers(
     input_ids, scores = torch.tensor([ids] * len(batch)), torch.from_numpy(batch.copy())
     for processor in chain:
         scores = processor(input_ids, scores)
+        if processor is chain[0]:  # a penalty can make two logits equal, and of equals each may keep another
+            assume(all(len(set(row.tolist())) == len(row) for row in scores.round(decimals=9)))
     how = Sampling(temperature=temperature, top_k=k, top_p=p, min_p=min_p, repetition_penalty=penalty)
     np.testing.assert_allclose(token_probs(batch, seen, how), scores.softmax(-1).numpy(), rtol=1e-9, atol=1e-12)
 

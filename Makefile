@@ -1,17 +1,21 @@
 # make demo   the main job, start to end, on the checkpoints in examples/
 # make test   every test that this machine can run
+# make torture   N hostile inputs for every reader, on all cores (SECURITY.md); KILLS exports killed at random moments
+# make mutants   faults put into good artifacts: parity must catch all, and refuse nothing else; half an hour
 # make lint   formatting, style and types
 # make test-clients   artifacts in real clients, each in an environment of its own; needs Node.js and npm as well
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 OUT := demo-out
+N := 10000
+KILLS := 50
 OPTIMUM := .venv-optimum
 TRANSFORMERS_JS := tests/clients/transformers_js
 EMBED_JS := examples/embed_js
 TRITON := tests/exporter/triton-requirements.txt
 
-.PHONY: demo test lint test-clients clean
+.PHONY: demo test torture mutants lint test-clients clean
 
 demo: .venv/demo.stamp
 	$(BIN)/export-llm inspect examples/tiny_llama
@@ -24,6 +28,13 @@ demo: .venv/demo.stamp
 
 test: .venv/test.stamp
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+torture: .venv/test.stamp
+	$(BIN)/python -m tests.torture --cases $(N)
+	$(BIN)/python -m tests.torture.kills --kills $(KILLS)
+
+mutants: .venv/test.stamp
+	$(BIN)/python -m tests.mutants
 
 lint: .venv/test.stamp
 	$(BIN)/ruff format --check .

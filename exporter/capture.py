@@ -9,7 +9,7 @@ from torch.export import Dim, ExportedProgram
 
 from exporter.layouts.layout import Layout
 from exporter.quiet import quiet_torch
-from graphs.build import build_decoder, build_vision_encoder
+from graphs.build import build_decoder, build_vision_encoder, on_meta
 from graphs.config import DecoderConfig
 from graphs.transformer import TransformerDecoder
 from graphs.vision import VisionEncoder
@@ -30,14 +30,14 @@ EXAMPLE_SIZES = {
 
 def build_on_meta(config: DecoderConfig, dtype: torch.dtype) -> TransformerDecoder:
     """The decoder with parameters of `dtype` that have shapes and no storage."""
-    with torch.device("meta"):
+    with on_meta():
         decoder = build_decoder(config)
     return decoder.to(dtype).requires_grad_(False).eval()
 
 
 def build_encoder_on_meta(config: DecoderConfig, dtype: torch.dtype) -> VisionEncoder:
     """The same of the vision encoder."""
-    with torch.device("meta"):
+    with on_meta():
         encoder = build_vision_encoder(config)
     return encoder.to(dtype).requires_grad_(False).eval()
 

@@ -1,12 +1,15 @@
 """The `export-llm` command. Heavy imports are inside the commands, so that --help answers at once."""
 
+import atexit
+import gc
 import json
 import logging
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -15,7 +18,7 @@ import click
 
 from exporter.errors import ExportError
 from graphs.errors import CheckpointError
-from runtimes.errors import ArtifactError, FeedError, RuntimeMissingError
+from runtimes.errors import ArtifactError, FeedError, RuntimeMissingError, legible
 
 if TYPE_CHECKING:
     from runtimes.artifact import Artifact, Manifest
@@ -29,6 +32,11 @@ EXIT_BUG = 70  # sysexits.h: EX_SOFTWARE
 EXIT_INTERRUPTED = 130
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE, as of a program that does not catch it
 EXIT_TERMINATED = 143
+
+# Tracing makes millions of small objects and few cycles: a sixth of its time would go into looking for those.
+GC_THRESHOLDS = (50_000, 20, 100)
+# Python's last collection would go through all that torch holds, for a third of a second, and then end.
+atexit.register(gc.freeze)
 
 DEFAULT_ARCHS = {"torch": "processors like the one it was compiled on"}  # by target: of engines that name no GPU
 
@@ -44,6 +52,71 @@ _runtime_option = click.option(
 _device_option = click.option("--device", help="cpu or cuda; not for tensorrt.  [default: cuda where it can be used]")
 
 
+_report_option = click.option(
+    "--report",
+    "reports",
+    type=FOLDER,
+    multiple=True,
+    metavar="FILE",
+    help="Verdict to write: JUnit .xml, .md or .json; may be repeated.",
+)
+
+
+EXPORT_OPTIONS = (
+    click.option(
+        "--target",
+        "targets",
+        multiple=True,
+        default=("onnx",),
+        help="onnx (always made), tensorrt-rtx, tensorrt, torch; may be repeated.",
+    ),
+    click.option(
+        "--layout",
+        default="portable",
+        show_default=True,
+        help="How the ONNX graph carries its cache: portable, dynamic (Optimum, transformers.js) or genai.",
+    ),
+    click.option("--client", help="Give files the names that this client looks for: transformers-js."),
+    click.option(
+        "--precision",
+        help="fp32, fp16, bf16, int8, int4, fp8 or nvfp4; also such as int4:block=64,lm_head=int8,embed=fp16."
+        "  [default: as the checkpoint is stored]",
+    ),
+    click.option("--quantizer", default="rtn", show_default=True, help="rtn, mse, gptq or awq."),
+    click.option(
+        "--calibration",
+        type=FOLDER,
+        help="Text for gptq and awq to be calibrated on.  [default: sampled from the model]",
+    ),
+    click.option("--eval-text", type=FOLDER, help="Text to measure the quality on.  [default: sampled from the model]"),
+    click.option("--requantize", is_flag=True, help="Allow weights that are quantized already to be rounded again."),
+    click.option(
+        "--max-len",
+        type=int,
+        help="Tokens the cache holds, prompt included.  [default: max_position_embeddings, at most 4096]",
+    ),
+    click.option("--max-batch", type=int, default=8, show_default=True, help="Most rows of a batch."),
+    click.option("--max-images", type=int, help="Most images of a prompt, for models that see.  [default: 4]"),
+    click.option(
+        "--weights",
+        default="copy",
+        show_default=True,
+        help="copy, or reference: write the graph beside the checkpoint's own files.",
+    ),
+    click.option("--verify/--no-verify", default=True, show_default=True, help="Compare with eager PyTorch."),
+    click.option("--gpu-arch", "gpu_archs", multiple=True, help="For tensorrt-rtx, such as 89; may be repeated."),
+    click.option("--allow-nonfinite", is_flag=True, help="Export weights that hold NaN or infinity."),
+    click.option("--force", is_flag=True, help="Replace an artifact that is already there."),
+)
+
+
+def _export_options(command: Any) -> Any:
+    """Give a command what decides on an export, but for where it is to be."""
+    for option in reversed(EXPORT_OPTIONS):
+        command = option(command)
+    return click.argument("checkpoint", type=FOLDER)(command)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="export-llm")
 def cli() -> None:
@@ -51,66 +124,51 @@ def cli() -> None:
 
 
 @cli.command()
-@click.argument("checkpoint", type=FOLDER)
+@_export_options
 @click.option("-o", "--out", type=FOLDER, required=True, help="Folder to make.")
-@click.option(
-    "--target",
-    "targets",
-    multiple=True,
-    default=("onnx",),
-    help="onnx (always made), tensorrt-rtx, tensorrt, torch; may be repeated.",
-)
-@click.option(
-    "--layout",
-    default="portable",
-    show_default=True,
-    help="How the ONNX graph carries its cache: portable, dynamic (Optimum, transformers.js) or genai.",
-)
-@click.option("--client", help="Give files the names that this client looks for: transformers-js.")
-@click.option(
-    "--precision",
-    help="fp32, fp16, bf16, int8, int4, fp8 or nvfp4; also such as int4:block=64,lm_head=int8,embed=fp16."
-    "  [default: as the checkpoint is stored]",
-)
-@click.option("--quantizer", default="rtn", show_default=True, help="rtn, mse, gptq or awq.")
-@click.option(
-    "--calibration", type=FOLDER, help="Text for gptq and awq to be calibrated on.  [default: sampled from the model]"
-)
-@click.option("--eval-text", type=FOLDER, help="Text to measure the quality on.  [default: sampled from the model]")
-@click.option("--requantize", is_flag=True, help="Allow weights that are quantized already to be rounded again.")
-@click.option(
-    "--max-len",
-    type=int,
-    help="Tokens the cache holds, prompt included.  [default: max_position_embeddings, at most 4096]",
-)
-@click.option("--max-batch", type=int, default=8, show_default=True, help="Most rows of a batch.")
-@click.option("--max-images", type=int, help="Most images of a prompt, for models that see.  [default: 4]")
-@click.option(
-    "--weights",
-    default="copy",
-    show_default=True,
-    help="copy, or reference: write the graph beside the checkpoint's own files.",
-)
-@click.option("--verify/--no-verify", default=True, show_default=True, help="Compare with eager PyTorch.")
-@click.option("--gpu-arch", "gpu_archs", multiple=True, help="For tensorrt-rtx, such as 89; may be repeated.")
-@click.option("--force", is_flag=True, help="Replace an artifact that is already there.")
+@click.option("--dry-run", is_flag=True, help="Write nothing: say what would be written, needed and refused.")
+@_report_option
 @_json_option
 @_quiet_option
-def export(checkpoint: Path, out: Path, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Export CHECKPOINT (a Hugging Face folder with safetensors, or a GGUF file) to an artifact folder."""
+def export(
+    checkpoint: Path,
+    out: Path,
+    dry_run: bool,
+    reports: tuple[Path, ...],
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Export CHECKPOINT (a Hugging Face folder with safetensors, or a GGUF file) to an artifact folder.
+
+    The same export to the same OUT goes on where it was interrupted; where it is done already, nothing is done.
+    """
+    if dry_run:
+        _plan(checkpoint, out, as_json, options)
+        return
     from exporter.pipeline import ExportRequest
     from exporter.pipeline import export as run_export
+    from exporter.reports import check_reports, write_reports
 
+    check_reports(reports)
     start = time.perf_counter()
     request = ExportRequest(checkpoint=checkpoint, out=out, **options)
     with _progress(quiet) as progress:
         result = run_export(request, progress)
     for warning in result.warnings:
         click.echo(f"warning: {warning}", err=True)
+    if result.unchanged:
+        click.echo(f"{out} is this very export already, and whole: nothing was done (--force does it again)", err=True)
+    if result.taken_over:
+        click.echo(f"taken over from an export that was stopped: {', '.join(result.taken_over)}", err=True)
     manifest = result.manifest
+    if result.parity is not None:
+        write_reports(result.parity, str(out), reports)
     if as_json:
         parity = None if result.parity is None else result.parity.to_dict()
-        _print_json({"out": str(out), "seconds": round(time.perf_counter() - start, 2)} | _summary(manifest, parity))
+        seconds = round(time.perf_counter() - start, 2)
+        facts = {"out": str(out), "seconds": seconds, "unchanged": result.unchanged, "taken_over": result.taken_over}
+        _print_json(facts | _summary(manifest, parity))
     else:
         _print_manifest(manifest, title=str(out))
         if result.parity is not None:
@@ -121,19 +179,77 @@ def export(checkpoint: Path, out: Path, as_json: bool, quiet: bool, **options: A
 
 
 @cli.command()
+@_export_options
+@click.option("-o", "--out", type=FOLDER, help="Folder that export would make.  [default: not looked at]")
+@_json_option
+def plan(checkpoint: Path, out: Path | None, as_json: bool, **options: Any) -> None:
+    """Say what export would write, need and refuse, without reading a weight; exit 2 where it would be refused."""
+    _plan(checkpoint, out, as_json, options)
+
+
+def _plan(checkpoint: Path, out: Path | None, as_json: bool, options: dict[str, Any]) -> None:
+    with _no_collection():
+        from exporter.pipeline import ExportRequest
+        from exporter.plan import make_plan
+        from exporter.plan_report import plan_facts, plan_to_dict, refusal
+
+        request = ExportRequest(checkpoint=checkpoint, out=out or checkpoint, **options)
+        made = make_plan(request, checks_out=out is not None)
+    if as_json:
+        _print_json(plan_to_dict(made))
+    elif facts := plan_facts(made):
+        _print_facts(dict(facts), title=f"plan of {checkpoint}" + ("" if out is None else f" to {out}"))
+    for warning in made.warnings:
+        click.echo(f"warning: {warning}", err=True)
+    if made.problems:
+        raise ExportError(refusal(made))
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Look for no garbage meanwhile: importing torch makes none, and would be a quarter slower."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+@cli.command()
 @click.argument("artifact", type=FOLDER)
 @click.option("--reference", type=FOLDER, help="Checkpoint to compare with.  [default: the artifact's own weights]")
+@click.option(
+    "--golden",
+    is_flag=True,
+    help="Compare with the answers that the export recorded.  [default: where PyTorch is not installed]",
+)
 @_runtime_option
 @_device_option
+@_report_option
 @_json_option
 @_quiet_option
 def verify(
-    artifact: Path, reference: Path | None, runtime: str, device: str | None, as_json: bool, quiet: bool
+    artifact: Path,
+    reference: Path | None,
+    golden: bool,
+    runtime: str,
+    device: str | None,
+    reports: tuple[Path, ...],
+    as_json: bool,
+    quiet: bool,
 ) -> None:
-    """Check every file's hash, then compare ARTIFACT with eager PyTorch; exit 1 when it differs."""
-    from exporter.verify import artifact_targets, verify_artifact
-    from runtimes.artifact import open_artifact
+    """Check every file's hash, then compare ARTIFACT with eager PyTorch; exit 1 when it differs.
 
+    With --golden, or where PyTorch is not installed, with the answers that eager PyTorch gave when it was exported.
+    """
+    from exporter.reports import check_reports, write_reports
+    from runtimes.artifact import open_artifact
+    from runtimes.verification import artifact_targets, verify_golden
+
+    check_reports(reports)
+    if golden and reference is not None:
+        raise FeedError("--golden compares with what was recorded, and not with a --reference: leave one of them out")
+    golden = golden or (reference is None and not _is_installed("torch"))
     with _progress(quiet) as progress:
         progress.start("check hashes")
         opened = open_artifact(artifact)
@@ -141,12 +257,64 @@ def verify(
             targets = artifact_targets(opened, device)
         else:
             targets = {runtime: lambda: _open_runner(opened, runtime, device)}
-        summary = verify_artifact(opened, targets, reference, progress)
+        if golden:
+            summary = verify_golden(opened, targets, progress.start)
+        else:
+            from exporter.verify import verify_artifact
+
+            summary = verify_artifact(opened, targets, reference, progress)
+    write_reports(summary, str(artifact), reports)
     if as_json:
         _print_json(summary.to_dict())
     else:
         _print_parity(summary)
     if not summary.passed:
+        sys.exit(EXIT_PARITY_FAILED)
+
+
+def _is_installed(package: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(package) is not None
+
+
+@cli.command()
+@click.argument("artifact", type=FOLDER)
+@click.option(
+    "--against",
+    type=FOLDER,
+    metavar="CHECKPOINT|ARTIFACT",
+    help="What to compare with: a checkpoint's weights, or another artifact's graph.  [default: its own weights]",
+)
+@click.option("--runtime", default="onnxruntime", show_default=True, help="onnxruntime, tensorrt or tensorrt-rtx.")
+@_device_option
+@click.option("--html", "page", type=FOLDER, metavar="FILE", help="Page to write: every operator, and a picture.")
+@_json_option
+@_quiet_option
+def diff(artifact: Path, page: Path | None, as_json: bool, quiet: bool, **options: Any) -> None:
+    """Find the first operator of ARTIFACT that leaves eager PyTorch; exit 1 when there is one."""
+    from exporter.diff.page import check_page, write_page
+    from exporter.diff.run import diff_artifact
+    from exporter.diff.tables import COLUMNS, depth_rows
+    from runtimes.artifact import open_artifact
+
+    check_page(page)
+    with _progress(quiet) as progress:
+        progress.start("check hashes")
+        report = diff_artifact(open_artifact(artifact), progress=progress, **options)
+    if page is not None:
+        write_page(report, page)
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        for comparison in report.comparisons:
+            table = _table(*COLUMNS, title=comparison.runtime)
+            for row in depth_rows(comparison):
+                table.add_row(*row)
+            _print_table(table)
+            click.echo(f"reference: {comparison.reference}")
+            click.echo(comparison.sentence())
+    if not report.passed:
         sys.exit(EXIT_PARITY_FAILED)
 
 
@@ -398,6 +566,7 @@ def main() -> None:
     """Entry point: run the command; a user's mistake becomes one message and exit code 2."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     signal.signal(signal.SIGTERM, _terminate)
+    gc.set_threshold(*GC_THRESHOLDS)
     try:
         sys.exit(cli.main(standalone_mode=False) or 0)
     except SystemExit:
@@ -515,16 +684,17 @@ def _table(*columns: str, title: str | None = None) -> Any:
 def _print_table(table: Any) -> None:
     from rich.console import Console
 
-    console = Console()
+    # without markup: names from files are shown as they are
+    console = Console(markup=False)
     if not console.is_terminal:
-        console = Console(width=140)
+        console = Console(width=140, markup=False)
     console.print(table)
 
 
 def _print_facts(facts: dict[str, Any], title: str) -> None:
     table = _table("", "", title=title)
     for key, value in facts.items():
-        table.add_row(key, f"{value:,}" if isinstance(value, int) else str(value))
+        table.add_row(legible(key), f"{value:,}" if isinstance(value, int) else legible(str(value)))
     _print_table(table)
 
 
@@ -568,12 +738,11 @@ def _print_known(as_json: bool) -> None:
 
 
 def _print_signature(manifest: "Manifest") -> None:
-    from rich.markup import escape
-
     for name, graph in manifest.graphs.items():
         table = _table("tensor", "dtype", "shape", title=name if len(manifest.graphs) > 1 else None)
         for spec in (*graph.signature.inputs, *graph.signature.outputs):
-            table.add_row(spec.name, spec.dtype, escape("[" + ", ".join(str(dim) for dim in spec.shape) + "]"))
+            shape = ", ".join(str(dim) for dim in spec.shape)
+            table.add_row(legible(spec.name), spec.dtype, legible(f"[{shape}]"))
         _print_table(table)
 
 

@@ -12,6 +12,7 @@ from exporter.errors import ExportError
 from exporter.precision import Precision
 from graphs.checkpoint import Checkpoint, open_checkpoint
 from runtimes.artifact import CLIENT_GRAPH_FILE, Artifact
+from runtimes.files import is_file, read_text
 
 WEIGHT_SUFFIX = ".safetensors"
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -30,8 +31,8 @@ class Renaming:
         """{file of the artifact: what it is to say as well}."""
         more = {"config.json": self.config}
         template = folder / CHAT_TEMPLATE
-        if self.template_in is not None and template.is_file() and (folder / self.template_in).is_file():
-            more[self.template_in] = {"chat_template": template.read_text(encoding="utf-8")}
+        if self.template_in is not None and is_file(template) and is_file(folder / self.template_in):
+            more[self.template_in] = {"chat_template": read_text(template)}
         return more
 
 

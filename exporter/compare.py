@@ -1,6 +1,5 @@
 """Artifacts of one model side by side: what each costs in bytes, and in quality."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from exporter.errors import ExportError
 from runtimes.artifact import PARITY_FILE, open_artifact
 from runtimes.errors import RuntimeMissingError
+from runtimes.files import read_json
 from runtimes.quality import QualityReport
 
 
@@ -45,10 +45,10 @@ def compare_artifacts(folders: Sequence[Path]) -> list[Compared]:
         if PARITY_FILE not in manifest.files or manifest.parity is None:
             raise ExportError(f"{folder} holds no {PARITY_FILE}: it was exported with --no-verify; export it again")
         kinds[folder] = {key: manifest.config[key] for key in ("model_type", "hidden_size", "num_hidden_layers")}
-        data = json.loads((folder / PARITY_FILE).read_text(encoding="utf-8")).get("quality")
+        data = read_json(folder / PARITY_FILE).get("quality")
         try:
             quality = None if data is None else QualityReport.from_dict(data)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ExportError(f"{folder / PARITY_FILE} is damaged: {type(error).__name__}: {error}") from None
         compared.append(
             Compared(

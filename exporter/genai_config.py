@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from exporter.errors import ExportError
 from exporter.layouts.genai import LOGIT_INDICES
 from exporter.source import Source
-from graphs.keys import read_json
+from graphs.keys import read_json, short
 from runtimes.artifact import CLIENT_GRAPH_FILE
 from runtimes.onnxruntime_session import ERRORS_ONLY
 from runtimes.signature import CacheSpec, GraphSignature
@@ -62,12 +63,20 @@ def genai_config(source: Source, signature: GraphSignature, cache: CacheSpec, *,
 
 
 def _special_tokens(source: Source) -> dict[str, Any]:
-    """bos, eos and pad, as the checkpoint names them; pad is needed, and is the first eos where there is none."""
+    """bos, eos and pad, as the checkpoint names them; pad is needed, and is the first eos where there is none.
+
+    Raises:
+        ExportError: one is no token id.
+    """
     found = dict(source.checkpoint.config)
     path: Path = source.files / "generation_config.json"
     if path.is_file() and source.checkpoint.folder.is_dir():
         found |= {key: value for key, value in read_json(path).items() if value is not None}
     tokens = {key: found[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if found.get(key) is not None}
+    for key, value in tokens.items():
+        ids = value if isinstance(value, list) and key == "eos_token_id" else [value]
+        if not ids or not all(type(i) is int for i in ids):
+            raise ExportError(f"{key} must be a token id, found {short(value)}: check generation_config.json")
     if "pad_token_id" not in tokens or tokens["pad_token_id"] < 0:
         ends = tokens.get("eos_token_id", 0)
         tokens["pad_token_id"] = ends[0] if isinstance(ends, list) else ends

@@ -18,7 +18,7 @@ from graphs.errors import CheckpointError
 from graphs.families import FAMILIES, find_family
 from graphs.families.family import Family
 from graphs.layers import NORMS
-from graphs.loading import check_weights
+from graphs.loading import check_size, check_weights
 from graphs.ops import ACTIVATION_FUNCTIONS
 from graphs.positions import ABSOLUTE, ROPE_TYPES
 
@@ -43,6 +43,7 @@ def inspect_checkpoint(folder: Path) -> dict[str, Any]:
     try:
         family = find_family(checkpoint.config, checkpoint.shapes)
         config = family.parse_config(checkpoint.config)
+        check_size(config, checkpoint)
     except CheckpointError as error:
         return facts | {"refused": [str(error)]}
     try:

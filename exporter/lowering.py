@@ -5,6 +5,7 @@ exporter/weights.py points them at safetensors files.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common
@@ -38,6 +39,31 @@ def lower(
         buffers: values of the module's buffers, which are stored in the graph itself (rotary frequencies).
         name: of the graph.
     """
+    return lower_with_origins(program, layout, signature, tensor_names, buffers, name=name).model
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lowered:
+    """A graph, and where its values come from."""
+
+    model: ir.Model
+    program: ExportedProgram  # of the operators that were lowered one by one
+    origins: Mapping[
+        str, str
+    ]  # {value of the graph: what it was called before, after the program's node if it is one's}
+
+
+def lower_with_origins(
+    program: ExportedProgram,
+    layout: Layout,
+    signature: GraphSignature,
+    tensor_names: Mapping[str, TensorRef],
+    buffers: Mapping[str, Tensor],
+    *,
+    name: str,
+) -> Lowered:
+    """The same, for those who ask which operator of the program made a value. Graph outputs have no origin: they are
+    the program's, in order."""
     with quiet_torch():
         onnx_program = torch.onnx.export(
             program,
@@ -51,13 +77,14 @@ def lower(
         _bind_initializers(model, tensor_names, buffers)
         _optimize(model)
     name_interface(model, signature)
-    name_nodes(model)
+    origins = name_nodes(model)
     strip_metadata(model)
     model.ir_version = layout.ir_version
     model.producer_name = "export-llm"
     model.producer_version = None
     model.graph.name = name
-    return model
+    assert onnx_program.exported_program is not None
+    return Lowered(model=model, program=onnx_program.exported_program, origins=origins)
 
 
 def _bind_initializers(model: ir.Model, tensor_names: Mapping[str, TensorRef], buffers: Mapping[str, Tensor]) -> None:

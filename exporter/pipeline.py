@@ -18,11 +18,13 @@ import onnx_ir as ir
 import torch
 
 from exporter.assess import assess, bytes_per_weight
+from exporter.background import in_background
 from exporter.capture import build_encoder_on_meta, build_on_meta, capture, capture_encoder
 from exporter.clients import CLIENTS, relocate_weights
 from exporter.config_json import config_as_json
 from exporter.errors import ExportError
 from exporter.genai_config import genai_config
+from exporter.inputs import Inputs, inputs_key, read_inputs, refuse_nonfinite
 from exporter.layouts import LAYOUTS
 from exporter.layouts.layout import Layout
 from exporter.lowering import lower
@@ -31,10 +33,10 @@ from exporter.precision import cache_spec, vision_spec
 from exporter.progress import Progress, Quiet
 from exporter.quantize import DEFAULT_QUANTIZER, calibrate_source, check_quantizer, plan_source
 from exporter.source import COPIED_FILES, Source, read_source, small_files
-from exporter.staging import Staging, check_destination, stage
+from exporter.staging import Staging, check_destination, hold_destination, remove_remains, stage
 from exporter.targets import TARGETS
 from exporter.targets.target import Job
-from exporter.verify import onnx_targets, verify, verify_all
+from exporter.verify import Answers, make_answers, make_golden, verify_target
 from exporter.weight_check import check_stored_weights
 from exporter.weight_choice import refuse_for_engines
 from exporter.weights import WeightPlan, attach_weights, copy_file, require_space, write_weights
@@ -48,22 +50,30 @@ from runtimes.aoti_runner import TARGET, AOTIRunner
 from runtimes.artifact import (
     CLIENT_GRAPH_FILE,
     GENAI_CONFIG,
+    GOLDEN_FILE,
     GRAPH_FILES,
     MANIFEST,
     PARITY_FILE,
+    Artifact,
     EngineEntry,
+    FileEntry,
     GraphEntry,
     Manifest,
     engine_key,
     file_entry,
+    open_artifact,
+    read_manifest,
 )
 from runtimes.errors import ArtifactError
+from runtimes.golden import save_golden
 from runtimes.images import ImageProcessor
 from runtimes.onnxruntime_session import import_onnxruntime
-from runtimes.parity import ParityReport, ParitySummary, Rung
+from runtimes.parity import ParityReport, ParitySummary
+from runtimes.quality import QualityReport
 from runtimes.runner import Runner
 from runtimes.signature import CacheSpec, GraphSignature, VisionPart, VisionSpec
 from runtimes.tensorrt_runner import TENSORRT_RUNNERS
+from runtimes.verification import onnx_targets, verify_all
 
 DEFAULT_MAX_LEN = 4096  # capacity when none is asked for: a long context's cache would not fit most machines
 DEFAULT_MAX_BATCH = 8
@@ -97,6 +107,7 @@ class ExportRequest:
     force: bool = False
     gpu_archs: tuple[str, ...] = ()
     client: str | None = None  # whose names the files are to have; None: ours
+    allow_nonfinite: bool = False  # weights may hold NaN or infinity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,10 +118,14 @@ class ExportResult:
     manifest: Manifest
     parity: ParitySummary | None  # None: not asked for
     warnings: tuple[str, ...]
+    unchanged: bool = False  # it was there already, and nothing was done
+    taken_over: tuple[str, ...] = ()  # stages that an earlier run had finished before it was stopped
 
 
 def export(request: ExportRequest, progress: Progress | None = None) -> ExportResult:
     """Make an artifact; on any error nothing is left at `request.out` that was not there before.
+
+    Where the same export was interrupted before, it goes on with what was finished; where it is done, nothing is.
 
     Raises:
         CheckpointError, ExportError, RuntimeMissingError: the user's input or machine does not allow it.
@@ -120,7 +135,6 @@ def export(request: ExportRequest, progress: Progress | None = None) -> ExportRe
     progress.start("check")
     in_place = request.weights == "reference"
     check_request(request)
-    check_destination(request.out, request.checkpoint, reference=in_place, force=request.force)
     source = read_source(request.checkpoint, request.precision, requantize=request.requantize)
     check_source(request, source)
     config, precision = source.config, source.precision
@@ -129,14 +143,52 @@ def export(request: ExportRequest, progress: Progress | None = None) -> ExportRe
     decoder = build_on_meta(config, getattr(torch, precision.dtype))
     cache = cache_spec(decoder, max_len, precision.dtype)
     vision = vision_spec(config, precision.dtype, choose_max_images(request.max_images, config))
-    work = request.out.parent / f".{request.out.name}.calibration"
-    with kept_on_error(work):
-        calibration = calibrate_source(source, request.quantizer, request.calibration, work, progress)
-        rows_first = LAYOUTS[request.layout].rows_first
-        plan = plan_source(source, request.weights, request.quantizer, calibration, rows_first=rows_first)
-        manifest, parity = _write(request, source, plan, decoder, cache, vision, progress)
-    shutil.rmtree(work, ignore_errors=True)
-    return ExportResult(out=request.out, manifest=manifest, parity=parity, warnings=warnings)
+    check = functools.partial(check_destination, request.out, request.checkpoint, reference=in_place)
+    check(force=True)  # what no --force allows
+    with hold_destination(request.out, in_place=in_place):
+        made_from = read_manifest(request.out)
+        wanted = (request.layout, precision.name, request.max_batch, cache, vision)
+        if made_from is None or _plainly(made_from) != wanted:  # else only the digest of everything tells
+            check(force=request.force)
+        inputs = read_inputs(source, progress)
+        warnings += refuse_nonfinite(inputs, allowed=request.allow_nonfinite)
+        key = inputs_key(request, inputs, tool_versions(), precision.name)
+        if made_from is not None and made_from.inputs == key and not request.force:
+            progress.start("check hashes")
+            if (there := find_unchanged(request.out, in_place=in_place)) is not None:
+                return dataclasses.replace(there, warnings=warnings)
+        check(force=request.force)
+        work = request.out.parent / f".{request.out.name}.calibration"
+        with kept_on_error(work):
+            calibration = calibrate_source(source, request.quantizer, request.calibration, work, progress)
+            rows_first = LAYOUTS[request.layout].rows_first
+            plan = plan_source(source, request.weights, request.quantizer, calibration, rows_first=rows_first)
+            result = _write(request, source, inputs, key, plan, decoder, cache, vision, progress)
+        shutil.rmtree(work, ignore_errors=True)
+    return dataclasses.replace(result, warnings=warnings)
+
+
+def _plainly(made: Manifest) -> tuple[Any, ...]:
+    """What can be told of an artifact at once to be another than what is asked for."""
+    return made.layout, made.precision, made.max_batch, made.cache, made.vision
+
+
+def find_unchanged(out: Path, *, in_place: bool) -> ExportResult | None:
+    """The artifact that is at OUT; None where it is not whole."""
+    try:
+        artifact = open_artifact(out)
+        parity = read_parity(artifact)
+    except ArtifactError:
+        return None
+    remove_remains(out, in_place=in_place)
+    return ExportResult(out=out, manifest=artifact.manifest, parity=parity, warnings=(), unchanged=True)
+
+
+def read_parity(artifact: Artifact) -> ParitySummary | None:
+    """The verdict that an artifact was published with; ArtifactError where parity.json is damaged."""
+    if PARITY_FILE not in artifact.manifest.files:
+        return None
+    return ParitySummary.from_json(artifact.path(PARITY_FILE).read_text(encoding="utf-8"))
 
 
 @contextmanager
@@ -153,62 +205,59 @@ def kept_on_error(work: Path) -> Iterator[None]:
 def _write(
     request: ExportRequest,
     source: Source,
+    inputs: Inputs,
+    key: str,
     plan: WeightPlan,
     decoder: TransformerDecoder,
     cache: CacheSpec,
     vision: VisionSpec | None,
     progress: Progress,
-) -> tuple[Manifest, ParitySummary | None]:
+) -> ExportResult:
     """Everything that is written: it appears at request.out whole, or not at all."""
-    family, config, precision = source.family, source.config, source.precision
+    config, precision = source.config, source.precision
     in_place, layout = request.weights == "reference", LAYOUTS[request.layout]
-    dtype = getattr(torch, precision.dtype)
     graph_files = GRAPH_FILES | {"decoder": layout.graph_file}
+    signatures = {"decoder": layout.signature(config, cache, request.max_batch, vision)}
+    if vision is not None:
+        signatures["vision_encoder"] = layout.encoder_signature(config, vision, request.max_batch)
 
-    with stage(request.out, in_place=in_place) as staging:
-        require_space(staging.folder, plan.nbytes)
-        signature = layout.signature(config, cache, request.max_batch, vision)
-        signatures = {"decoder": signature}
-        models = {
-            "decoder": trace(decoder, layout, signature, cache, family.tensor_names(config), progress, vision=vision)
-        }
-        if vision is not None:
-            signature = layout.encoder_signature(config, vision, request.max_batch)
-            signatures["vision_encoder"] = signature
-            encoder = build_encoder_on_meta(config, dtype)
-            models["vision_encoder"] = trace_encoder(encoder, layout, signature, family.encoder_names(config), progress)
-        progress.start("write weights", plan.nbytes or None)
-        names = write_weights(plan, staging.path, progress.advance)
+    with stage(request.out, in_place=in_place, key=key) as staging:
+        stages = staging.stages
+        require_space(staging.folder, plan.nbytes - stages.nbytes)
+        missing = [name for name in signatures if not stages.has(_graph_stage(name))]
+        with _writing_weights(plan, staging) as written:
+            # Tracing does not wait for weights: what cannot be traced fails at once.
+            models = {
+                name: _trace(name, source, decoder, layout, signatures[name], cache, vision, progress)
+                for name in missing
+            }
+            progress.start("write weights", plan.nbytes or None)
+            names = written(progress.advance)
         progress.start("write and check graph")
-        for name, model in models.items():
-            quantize_weights(model, plan.quantized, plan.placed)
-            if layout.finish is not None and name == "decoder":
-                layout.finish(model)
-            attach_weights(model, plan)
-            save_checked(model, staging.path(graph_files[name]))
-            names.append(graph_files[name])
+        for name in signatures:
+            save = functools.partial(_save_graph, models.get(name), name, layout, plan, staging, graph_files[name])
+            names += stages.run(_graph_stage(name), save)[0]
         names += [] if in_place else _write_small_files(source, staging)
         if layout.shared_cache is not None and request.client is None:
             text = genai_config(source, signatures["decoder"], cache, shared_cache=layout.shared_cache)
-            staging.path(GENAI_CONFIG).write_text(text, encoding="utf-8")
-            names.append(GENAI_CONFIG)
+            names.append(_write_text(staging, GENAI_CONFIG, text))
         engines = _build_engines(request, staging, signatures, cache, vision, progress)
         names += [file for engine in engines.values() for file in engine.files]
         parity = None
         if request.verify:
-            parity = _verify(request, source, plan, staging, signatures, cache, vision, engines, progress)
-            staging.path(PARITY_FILE).write_text(parity.to_json(), encoding="utf-8")
-            names.append(PARITY_FILE)
+            parity, golden = _verify(request, source, plan, staging, signatures, cache, vision, engines, progress)
+            names += [_write_text(staging, PARITY_FILE, parity.to_json()), *golden]
+        entry: Callable[[str], FileEntry] = stages.entry
         if request.client is not None:
             renamed = _rename_for_client(request.client, source, staging, names)
             names = [renamed.get(name, name) for name in names if name != INDEX_FILE]
             graph_files = {graph: renamed.get(file, file) for graph, file in graph_files.items()}
+            entry = functools.partial(_entry_now, staging)  # files have been changed
         progress.start("hash files")
-        files = {name: file_entry(staging.path(name)) for name in sorted(names)}
+        files = {name: entry(name) for name in sorted(names)}
         if in_place:
             used = {str(tensor.path) for tensor in plan.stored} | {INDEX_FILE, *COPIED_FILES}
-            present = sorted(name for name in used if (request.checkpoint / name).is_file())
-            files |= {name: file_entry(request.checkpoint / name) for name in present}
+            files |= {name: inputs.files[name] for name in sorted(used & inputs.files.keys())}
         manifest = Manifest(
             config=config_as_json(config),
             layout=request.layout,
@@ -222,9 +271,80 @@ def _write(
             files=files,
             parity=None if parity is None else parity.short(),
             tools=tool_versions(),
+            inputs=key,
         )
-        staging.path(MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-    return manifest, parity
+        _write_text(staging, MANIFEST, manifest.to_json())
+    return ExportResult(
+        out=request.out, manifest=manifest, parity=parity, warnings=(), taken_over=tuple(stages.taken_over)
+    )
+
+
+def _graph_stage(name: str) -> str:
+    return f"graph {name}"
+
+
+def _trace(
+    name: str,
+    source: Source,
+    decoder: TransformerDecoder,
+    layout: Layout,
+    signature: GraphSignature,
+    cache: CacheSpec,
+    vision: VisionSpec | None,
+    progress: Progress,
+) -> ir.Model:
+    family, config = source.family, source.config
+    if name == "decoder":
+        names = family.tensor_names(config)
+        return trace(decoder, layout, signature, cache, names, progress, vision=vision)
+    encoder = build_encoder_on_meta(config, getattr(torch, source.precision.dtype))
+    return trace_encoder(encoder, layout, signature, family.encoder_names(config), progress)
+
+
+@contextmanager
+def _writing_weights(plan: WeightPlan, staging: Staging) -> Iterator[Callable[[Callable[[int], None]], list[str]]]:
+    """What writes the weights; where files are only copied, that begins now. Whatever computes waits for its turn:
+    PyTorch's tracing changes tables that all threads use."""
+    write = functools.partial(_write_weights, plan, staging)
+    if plan.jobs:
+        yield write
+    else:
+        with in_background(write) as written:
+            yield written
+
+
+def _write_weights(plan: WeightPlan, staging: Staging, advance: Callable[[int], None]) -> list[str]:
+    """One stage for each file: a shard that is written is not written again."""
+
+    def put(name: str, write: Callable[[Path], None]) -> None:
+        def make() -> tuple[list[str], None]:
+            write(staging.path(name))
+            return [name], None
+
+        staging.stages.run(f"weights {name}", make)
+
+    return write_weights(plan, put, advance)
+
+
+def _save_graph(
+    model: ir.Model | None, name: str, layout: Layout, plan: WeightPlan, staging: Staging, file: str
+) -> tuple[list[str], None]:
+    assert model is not None, "a graph that is to be written has been traced"
+    quantize_weights(model, plan.quantized, plan.placed)
+    if layout.finish is not None and name == "decoder":
+        layout.finish(model)
+    attach_weights(model, plan)
+    save_checked(model, staging.path(file))
+    return [file], None
+
+
+def _entry_now(staging: Staging, name: str) -> FileEntry:
+    return file_entry(staging.path(name))
+
+
+def _write_text(staging: Staging, name: str, text: str) -> str:
+    staging.path(name).write_text(text, encoding="utf-8")
+    return name
 
 
 def check_request(request: ExportRequest) -> None:
@@ -413,6 +533,7 @@ def _build_engines(
         if finish is None:
             continue
         for graph, signature in signatures.items():
+            key = engine_key(target, graph)
             job = Job(
                 graph=graph,
                 target=target,
@@ -426,8 +547,14 @@ def _build_engines(
                 gpu_archs=request.gpu_archs if target == "tensorrt-rtx" else (),
                 progress=progress,
             )
-            engines[engine_key(target, graph)] = finish(job)
+            _, made = staging.stages.run(f"engine {key}", functools.partial(_finish, finish, job))
+            engines[key] = EngineEntry.from_json(made)
     return engines
+
+
+def _finish(finish: Callable[[Job], EngineEntry], job: Job) -> tuple[Sequence[str], dict[str, Any]]:
+    engine = finish(job)
+    return engine.files, dataclasses.asdict(engine)
 
 
 def _verify(
@@ -440,15 +567,15 @@ def _verify(
     vision: VisionSpec | None,
     engines: Mapping[str, EngineEntry],
     progress: Progress,
-) -> ParitySummary:
-    """Verify the graphs on ONNX Runtime, and every engine that can run on this machine."""
+) -> tuple[ParitySummary, list[str]]:
+    """Verify the graphs on ONNX Runtime, and every engine that can run on this machine; (verdict, files written)."""
 
     def vision_part(file: str) -> VisionPart | None:
         if vision is None:
             return None
         return VisionPart(path=staging.path(file), signature=signatures["vision_encoder"], spec=vision)
 
-    signature = signatures["decoder"]
+    signature, stages = signatures["decoder"], staging.stages
     graph = staging.path(LAYOUTS[request.layout].graph_file)
     part = vision_part(GRAPH_FILES["vision_encoder"])
     targets = dict(onnx_targets(request.layout, graph, signature, cache, vision=part, quantized=source.quantizes))
@@ -460,23 +587,50 @@ def _verify(
         part = None if encoder is None else vision_part(encoder.file)
         targets[target] = functools.partial(ENGINE_RUNNERS[target], *paths, signature, cache, vision=part)
 
-    operators: dict[torch.dtype, list[Rung]] = {}
+    answers = make_answers(
+        checkpoint, layout=request.layout, signature=signature, cache=cache, encoder=signatures.get("vision_encoder")
+    )
+    runs: list[dict[str, Any]] = []
 
-    def verify_one(open_target: Callable[[], Runner], on_stage: Callable[[str], None]) -> ParityReport:
-        return verify(
-            open_target,
-            checkpoint,
-            layout=request.layout,
-            signature=signature,
-            cache=cache,
-            encoder=signatures.get("vision_encoder"),
-            on_stage=on_stage,
-            operators=operators,
-        )
+    def verify_one(name: str, open_target: Callable[[], Runner]) -> ParityReport:
+        make = functools.partial(_verify_one, name, open_target, answers, source.quantizes, progress)
+        runs.append(stages.run(f"verify on {name}", make)[1])
+        return ParityReport.from_dict(runs[-1]["report"])
 
-    summary = verify_all(targets, verify_one, progress)
+    summary = verify_all(targets, verify_one)
+    golden, _ = stages.run("golden tensors", functools.partial(_write_golden, answers, runs, staging, progress))
     if source.choices:
-        weights = check_stored_weights(source, checkpoint, request.quantizer, progress)
+
+        def check_weights() -> tuple[list[str], dict[str, Any]]:
+            return [], check_stored_weights(source, checkpoint, request.quantizer, progress).to_dict()
+
+        weights = ParityReport.from_dict(stages.run("check weights", check_weights)[1])
         summary = dataclasses.replace(summary, reports=(weights, *summary.reports))
-    quality = assess(source, checkpoint, plan, request.eval_text, progress)
-    return dataclasses.replace(summary, quality=quality)
+
+    def measure() -> tuple[list[str], dict[str, Any] | None]:
+        quality = assess(source, checkpoint, plan, request.eval_text, progress)
+        return [], None if quality is None else quality.to_dict()
+
+    _, quality = stages.run("quality", measure)
+    return dataclasses.replace(summary, quality=None if quality is None else QualityReport.from_dict(quality)), golden
+
+
+def _verify_one(
+    name: str, open_target: Callable[[], Runner], answers: Answers, quantized: bool, progress: Progress
+) -> tuple[list[str], dict[str, Any]]:
+    done = verify_target(
+        open_target,
+        answers,
+        quantized=quantized,
+        on_stage=lambda stage: progress.start(f"verify on {name}: {stage}"),
+    )
+    return [], dataclasses.asdict(done) | {"report": done.report.to_dict()}
+
+
+def _write_golden(
+    answers: Answers, runs: Sequence[Mapping[str, Any]], staging: Staging, progress: Progress
+) -> tuple[list[str], None]:
+    verified = [(run["computes_in"], run["int8_activations"], run["greedy"]) for run in runs]
+    golden = make_golden(answers, verified, lambda stage: progress.start(f"verify: {stage}"))
+    staging.path(GOLDEN_FILE).write_bytes(save_golden(golden))
+    return [GOLDEN_FILE], None

@@ -21,12 +21,14 @@ from exporter.reference import Reference
 from graphs.checkpoint import Checkpoint
 from graphs.config import DecoderConfig
 from graphs.families import Family
+from runtimes.files import is_file, read_text
 from runtimes.generation import read_stop_ids
 from runtimes.quality import PERCENTILE, WORST_LAYERS, LayerError, QualityReport, TaskScore
 from runtimes.tokenizer import Tokenizer
 
 TASKS_FILE = "tasks.jsonl"
 LOGIT_BYTES = 128 << 20  # of logits, in float64, that are held at once
+MOST_PROBLEMS, MOST_PROBLEM_CHARACTERS = 4096, 4096
 LOCAL_ROWS = 2  # of the text, that layers are compared on one by one
 
 
@@ -99,10 +101,15 @@ def measure_quality(
 def read_tasks(folder: Path) -> list[Problem]:
     """The problems in tasks.jsonl; none where there is no such file. ExportError where a line is wrong."""
     path = folder / TASKS_FILE
-    if not path.is_file():
+    if not is_file(path):
         return []
-    problems = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    problems: list[Problem] = []
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        if number > MOST_PROBLEMS or len(line) > MOST_PROBLEM_CHARACTERS:
+            raise ExportError(
+                f"{path}, line {number}: expected at most {MOST_PROBLEMS} lines of {MOST_PROBLEM_CHARACTERS}"
+                " characters: all of them are computed at once"
+            )
         try:
             entry = json.loads(line)
             problem = Problem(task=entry["task"], prompt=entry["prompt"], answer=entry["answer"])

@@ -20,7 +20,7 @@ from exporter.weight_choice import WeightChoice
 from exporter.weights import WeightPlan, plan_choices, plan_weights
 from graphs.checkpoint import TensorRef
 from graphs.quantization import QuantizedTensor
-from runtimes.artifact import sha256_of
+from runtimes.hashing import sha256_of
 
 DEFAULT_QUANTIZER = "rtn"
 CALIBRATION_SAMPLES = 64

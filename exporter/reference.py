@@ -23,7 +23,7 @@ from graphs.near_ties import Chooser
 from graphs.positions import RotaryPositionalEmbeddings
 from graphs.transformer import TransformerDecoder
 from runtimes.images import ImageBatch
-from runtimes.parity import Case, TargetTrace, Trace
+from runtimes.parity import Case, Trace
 
 ENCODER_INPUTS = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
 
@@ -99,24 +99,24 @@ class Reference:
         if first == 0:  # it may be longer than the texts that forward takes
             far, _ = self._run(case.far_prompt, positions, (length,), None)
         else:
-            far = self._logits(case.far_prompt, positions, (length,))
+            far = self.logits(case.far_prompt, positions, (length,))
         return Trace(
             logits=logits,
             cache=cache,
             far_logits=far[-1],
             chunk_logits=[
-                self._logits(tokens, positions, chunks.sizes, _row_sight(chunks.images, row, len(tokens), len(tokens)))
+                self.logits(tokens, positions, chunks.sizes, _row_sight(chunks.images, row, len(tokens), len(tokens)))
                 for row, (tokens, positions) in enumerate(zip(chunks.tokens, chunks.positions, strict=True))
             ],
             images=[] if case.images is None else [self._images(case.images, row) for row in range(len(case.prompts))],
         )
 
     @torch.no_grad()
-    def greedy_logits(self, case: Case, target: TargetTrace) -> list[np.ndarray]:
-        """Per row [steps, V]: the logits before each token that the target chose."""
+    def greedy_logits(self, case: Case, chosen: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """Per row [steps, V]: the logits before each token that a target chose."""
         result = []
-        for row, (prompt, chosen) in enumerate(zip(case.prompts, target.greedy, strict=True)):
-            tokens = [*prompt, *chosen[:-1]]
+        for row, (prompt, following) in enumerate(zip(case.prompts, chosen, strict=True)):
+            tokens = [*prompt, *following[:-1]]
             sight = _row_sight(case.images, row, len(prompt), len(tokens))
             logits, _ = self._run(tokens, range(len(tokens)), _prompt_and_steps(prompt, tokens), sight)
             result.append(logits[len(prompt) - 1 :])
@@ -152,7 +152,7 @@ class Reference:
         calls: Sequence[int],
         sight: RowSight | None,
     ) -> tuple[np.ndarray, list[np.ndarray]]:
-        """([L, V], state) of one row that begins at slot 0; `calls` and `sight` as in _logits."""
+        """([L, V], state) of one row that begins at slot 0; `calls` and `sight` as in `logits`."""
         self._set_lengths(positions, calls)
         length = len(tokens)
         position_ids = torch.tensor([list(positions)], device=self.device)
@@ -226,7 +226,7 @@ class Reference:
         """Prepare for texts of that length in one call each, through the decoder's own layers."""
         self._set_lengths(range(length), (length,))
 
-    def _logits(
+    def logits(
         self,
         tokens: Sequence[int] | np.ndarray,
         positions: Sequence[int] | np.ndarray,
@@ -309,14 +309,8 @@ class StreamedWeights:
                 module.register_forward_hook(lambda _module, _args, output: self._cast(output))
                 continue
             self._fill_while_called(module, refs, self.load)
-            packed = self._checkpoint.find_packed(refs["weight"]) if "weight" in refs else None
-            if (
-                self._int8_activations
-                and packed is not None
-                and packed.format is not None
-                and packed.format.name != "fp8"
-            ):
-                block = packed.format.block or INT8_BLOCK
+            block = rounded_block(self._checkpoint, refs["weight"]) if "weight" in refs else None
+            if self._int8_activations and block is not None:
                 module.register_forward_pre_hook(functools.partial(_round_input, block))
 
     def load(self, ref: TensorRef) -> Tensor:
@@ -344,19 +338,30 @@ class StreamedWeights:
         module.register_forward_hook(leave)
 
 
+def rounded_block(checkpoint: Checkpoint, ref: TensorRef) -> int | None:
+    """In blocks of how many numbers ONNX Runtime's CPU kernels round what that weight multiplies; None: they do not."""
+    packed = checkpoint.find_packed(ref)
+    if packed is None or packed.format is None or packed.format.name == "fp8":
+        return None
+    return packed.format.block or INT8_BLOCK
+
+
 # ONNX Runtime's MatMulNBits gives weights without blocks blocks of this many inputs.
 INT8_BLOCK = 32
 
 
 def _round_input(block: int, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    x, *rest = args
+    return (round_activations(x, block), *rest)
+
+
+def round_activations(x: Tensor, block: int) -> Tensor:
     """Activations rounded to 255 steps, by the largest of each block: what MatMulNBits multiplies at its accuracy level
     4, its default on the CPU."""
-    x, *rest = args
     size = x.shape[-1]
     padded = torch.nn.functional.pad(x, (0, -size % block)).unflatten(-1, (-1, block))
     scale = (padded.abs().amax(dim=-1, keepdim=True) / 127).clamp(min=torch.finfo(x.dtype).tiny)
-    rounded = ((padded / scale).round() * scale).flatten(-2)[..., :size]
-    return (rounded, *rest)
+    return ((padded / scale).round() * scale).flatten(-2)[..., :size]
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:

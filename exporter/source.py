@@ -11,6 +11,8 @@ from graphs.checkpoint import Checkpoint, open_checkpoint
 from graphs.config import DecoderConfig
 from graphs.errors import CheckpointError
 from graphs.families import Family, find_family
+from graphs.files import is_file
+from graphs.keys import require_inside
 from graphs.loading import check_weights
 
 log = logging.getLogger(__name__)
@@ -62,6 +64,13 @@ def read_source(path: Path, precision: str | None, *, requantize: bool = False) 
     family = find_family(checkpoint.config, checkpoint.shapes)
     config = family.parse_config(checkpoint.config)
     check_weights(family, config, checkpoint)
+    return make_source(checkpoint, family, config, precision, requantize=requantize)
+
+
+def make_source(
+    checkpoint: Checkpoint, family: Family, config: DecoderConfig, precision: str | None, *, requantize: bool
+) -> Source:
+    """Decide how each weight of a checkpoint that has been checked is to be stored; ExportError as read_source."""
     asked = find_precision(precision, checkpoint)
     choices: Choices = {}
     if asked.weights is not None or asked.overrides or checkpoint.packed:
@@ -75,7 +84,9 @@ def small_files(source: Source) -> dict[str, Path | str]:
     folder = source.checkpoint.folder
     if folder.is_file():
         return {**_tokenizer_files(folder), "config.json": _config_json(source)}
-    files: dict[str, Path | str] = {name: folder / name for name in COPIED_FILES if (folder / name).is_file()}
+    files: dict[str, Path | str] = {name: folder / name for name in COPIED_FILES if is_file(folder / name)}
+    for name in files:
+        require_inside(folder / name)  # what a link leads to would be copied, and published with the artifact
     if source.choices:
         files["config.json"] = _config_json(source)
     return files

@@ -15,7 +15,9 @@ from runtimes.parity import ParityReport, Rung
 from runtimes.tolerances import MACHINE_EPSILON, WEIGHT_MULTIPLE
 
 
-def check_stored_weights(source: Source, stored: Checkpoint, quantizer: str, progress: Progress) -> ParityReport:
+def check_stored_weights(
+    source: Source, stored: Checkpoint, quantizer: str, progress: Progress, reference_name: str = "the checkpoint"
+) -> ParityReport:
     """Compare every weight; errors are root mean squares relative to the weight's own.
 
     Args:
@@ -29,12 +31,12 @@ def check_stored_weights(source: Source, stored: Checkpoint, quantizer: str, pro
         multiple = WEIGHT_MULTIPLE.get(quantizer)
         if multiple is None and not choice.kept:
             continue
-        rung = _compare(source, stored, ref, choice, multiple or 0.0)
+        rung = compare_weight(source, stored, ref, choice, multiple or 0.0)
         if rung.name not in worst or _excess(rung) > _excess(worst[rung.name]):
             worst[rung.name] = rung
     return ParityReport(
         runtime="stored weights",
-        reference=f"the weights of {source.checkpoint.folder}",
+        reference=f"the weights of {reference_name}",
         precision=source.precision.name,
         prompt_lengths=(),
         decode_steps=0,
@@ -42,7 +44,8 @@ def check_stored_weights(source: Source, stored: Checkpoint, quantizer: str, pro
     )
 
 
-def _compare(source: Source, stored: Checkpoint, ref: TensorRef, choice: WeightChoice, multiple: float) -> Rung:
+def compare_weight(source: Source, stored: Checkpoint, ref: TensorRef, choice: WeightChoice, multiple: float) -> Rung:
+    """One weight, `multiple` times as far from the checkpoint's as rounding it to nearest at most."""
     original = source.checkpoint.load(ref, torch.float64)
     # a weight is quantized, as the checkpoint holds it, in float32
     written = stored.load(ref, torch.float64)

@@ -29,6 +29,7 @@ from graphs.formats import own
 from graphs.quantization import QuantizedTensor, WeightFormat, join_outputs
 
 HEADER_ALIGNMENT = 64  # tensors start on a cache line, so that a memory-mapped reader is not slowed down
+COPY_BYTES = 4 << 20  # through one buffer: a new one for each chunk costs more than the copying
 _FICLONE = 0x40049409  # linux/fs.h: share the blocks of one file with another, where the file system can
 
 Progress = Callable[[int], None]  # called with the bytes just written
@@ -63,6 +64,19 @@ class WeightPlan:
     jobs: tuple[Job, ...] = ()  # what a new model.safetensors is made of, in this order
     quantized: Mapping[str, QuantizedWeight] = dataclasses.field(default_factory=dict)  # by name
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)  # of the new file's header
+
+    @property
+    def copied_files(self) -> tuple[Path, ...]:
+        """`copies`, and the index where readers need it to find them."""
+        if not self.copies or [source.name for source in self.copies] == [SINGLE_FILE]:
+            return self.copies
+        return (*self.copies, self.copies[0].parent / INDEX_FILE)
+
+    @property
+    def files(self) -> dict[str, int]:
+        """{name: bytes} of the files that will be written."""
+        sizes = {source.name: source.stat().st_size for source in self.copied_files}
+        return {**sizes, SINGLE_FILE: self.nbytes} if self.jobs else sizes
 
     @property
     def stored(self) -> list[StoredTensor]:
@@ -329,45 +343,42 @@ def _header(outputs: Iterable[StoredTensor], metadata: Mapping[str, str]) -> byt
     return struct.pack("<Q", len(text)) + text
 
 
-def write_weights(plan: WeightPlan, destination: Callable[[str], Path], progress: Progress) -> list[str]:
+def write_weights(
+    plan: WeightPlan, put: Callable[[str, Callable[[Path], None]], None], progress: Progress
+) -> list[str]:
     """Carry out the plan; return the names of the files written.
 
     Args:
-        destination: where a file of that name is to be written.
+        put: given each file's name and what writes it to a path, one after the other.
 
     Raises:
         ExportError: a value does not fit the precision (fp16 ends at 65504).
         OSError: the disk is full, or a file cannot be read or written.
     """
-    for source in plan.copies:
-        copy_file(source, destination(source.name), progress)
-    written = [source.name for source in plan.copies]
+    for source in plan.copied_files:
+        put(source.name, functools.partial(copy_file, source, progress=progress))
     if plan.jobs:
-        _write_jobs(plan, destination(SINGLE_FILE), progress)
-        written.append(SINGLE_FILE)
-    elif len(plan.copies) > 1 or (plan.copies and plan.copies[0].name != SINGLE_FILE):
-        index = plan.copies[0].parent / INDEX_FILE
-        copy_file(index, destination(INDEX_FILE), progress)
-        written.append(INDEX_FILE)
-    return written
+        put(SINGLE_FILE, functools.partial(_write_jobs, plan, progress=progress))
+    return list(plan.files)
 
 
 def copy_file(source: Path, target: Path, progress: Progress = lambda _: None) -> None:
     """Copy a file: by sharing blocks where the file system can, else in chunks."""
-    with source.open("rb") as reader, target.open("wb") as writer:
+    with source.open("rb", buffering=0) as reader, target.open("wb") as writer:
         try:
             fcntl.ioctl(writer, _FICLONE, reader.fileno())
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 raise
-            while chunk := reader.read(CHUNK_BYTES):
-                writer.write(chunk)
-                progress(len(chunk))
+            buffer = memoryview(bytearray(COPY_BYTES))
+            while count := reader.readinto(buffer):
+                writer.write(buffer[:count])
+                progress(count)
         else:
             progress(os.fstat(writer.fileno()).st_size)
 
 
-def _write_jobs(plan: WeightPlan, target: Path, progress: Progress) -> None:
+def _write_jobs(plan: WeightPlan, target: Path, *, progress: Progress) -> None:
     outputs = [tensor for job in plan.jobs for tensor in job.outputs]
     start = min(tensor.offset for tensor in outputs)
     relative = [dataclasses.replace(tensor, offset=tensor.offset - start) for tensor in outputs]

@@ -1,6 +1,12 @@
 """A decoder from its config."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from graphs.attention import ATTENTION, cross
 from graphs.attention.cross import TanhGate, TransformerCrossAttentionLayer
@@ -9,6 +15,28 @@ from graphs.layers import NORMS, build_mlp
 from graphs.positions import ABSOLUTE, RotaryPositionalEmbeddings
 from graphs.transformer import TransformerDecoder, TransformerDecoderLayer
 from graphs.vision import VisionEncoder
+
+
+class _NoInit(TorchFunctionMode):
+    """Leaves out what torch.nn.init would do."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Modules that are built within have parameters with shapes and no storage.
+
+    Random numbers are not drawn for them: for that alone torch would import its compiler, which takes half a second.
+    """
+    with torch.device("meta"), _NoInit():
+        yield
 
 
 def build_decoder(config: DecoderConfig) -> TransformerDecoder:

@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from graphs.errors import CheckpointError
-from graphs.keys import read_json
+from graphs.files import is_file, why_no_file
+from graphs.keys import read_json, short
 from graphs.quantization import QuantizedTensor, WeightFormat
 
 SINGLE_FILE = "model.safetensors"
@@ -224,6 +225,15 @@ def open_checkpoint(folder: Path, weights: Sequence[str] = ()) -> Checkpoint:
     return formats.unpack(Checkpoint(folder=folder, config=config, tensors=tensors))
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files that open_checkpoint reads weights from, by their usual names."""
+    if folder.is_file():
+        return [folder]
+    if (folder / INDEX_FILE).exists():
+        return sorted({folder / name for name in _read_index(folder).values()})
+    return [folder / SINGLE_FILE]
+
+
 def _read_index(folder: Path) -> dict[str, str]:
     """weight_map of the index: {tensor name: file name}, every file inside the folder and present."""
     path = folder / INDEX_FILE
@@ -232,20 +242,14 @@ def _read_index(folder: Path) -> dict[str, str]:
         raise CheckpointError(f"{path}: weight_map must be an object that names the file of each tensor")
     for name, file_name in weight_map.items():
         if not isinstance(file_name, str) or Path(file_name).name != file_name or file_name in ("", ".", ".."):
+            found = repr(file_name) if isinstance(file_name, str) else short(file_name)
             raise CheckpointError(
-                f"{path}: {name} points outside the checkpoint folder ({file_name!r}); expected a plain file name"
+                f"{path}: {name} points outside the checkpoint folder ({found}); expected a plain file name"
             )
-    missing = sorted({file for file in weight_map.values() if not _is_file(folder / file)})
+    missing = sorted({file for file in weight_map.values() if not is_file(folder / file)})
     if missing:
         raise CheckpointError(f"{folder} lacks {len(missing)} of the shards that its index lists: {_some(missing)}")
     return weight_map
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except (OSError, ValueError):  # a name too long for the file system, or one it cannot express
-        return False
 
 
 def _merge(into: dict[str, StoredTensor], more: dict[str, StoredTensor]) -> None:
@@ -258,6 +262,8 @@ def _merge(into: dict[str, StoredTensor], more: dict[str, StoredTensor]) -> None
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file; CheckpointError when the header or the file's size is wrong."""
+    if reason := why_no_file(path):  # a pipe would never answer
+        raise CheckpointError(f"{path} is damaged or not a safetensors file: {reason}")
     try:
         with safe_open(path, framework="numpy"):  # the library checks the header: sizes, overlaps, holes, truncation
             pass
@@ -288,39 +294,8 @@ def check_tensors(
     ignorable: Callable[[str], bool],
     duplicates: Mapping[str, str],
 ) -> None:
-    """Compare the checkpoint with {tensor name: shape}; CheckpointError lists what is wrong, up to MOST_PROBLEMS.
-
-    Args:
-        ignorable: says of a tensor's name that it may be there and is not used.
-        duplicates: {name: original} of tensors that may be there if they hold what their original holds (tied heads).
-    """
-    found, shapes = checkpoint.tensors, checkpoint.shapes
-    parts = {name.partition("[")[0] for name in shapes}  # "name[rows]" is a part of `name`
-    problems = [
-        f"missing: {name} {list(shape)}"
-        for name, shape in sorted(expected.items())
-        if name not in shapes and name not in parts
-    ]
-    problems += [
-        f"unexpected: {name} {list(shapes[name])}"
-        for name in sorted(shapes.keys() - expected.keys())
-        if name.partition("[")[0] not in expected
-        and not ignorable(name)
-        and name not in duplicates
-        and not _is_empty_bias(checkpoint, name)
-    ]
-    for name, shape in sorted(expected.items()):
-        if name in shapes and shapes[name] != shape:
-            problems.append(f"wrong shape: {name} is {list(shapes[name])}, expected {list(shape)}")
-        tensor = found.get(name)
-        if tensor is not None and tensor.dtype not in FLOAT_DTYPES:
-            problems.append(f"wrong dtype: {name} is {tensor.dtype}, expected one of {', '.join(FLOAT_DTYPES)}")
-    for name, original in sorted(duplicates.items()):
-        if name in found and original in found and not _same_values(found[name], found[original]):
-            problems.append(
-                f"contradiction: config.json ties {name} to {original}, but they differ: set tie_word_embeddings to"
-                f" false to use {name}, or remove it"
-            )
+    """Compare the checkpoint with {tensor name: shape}; CheckpointError lists what is wrong, up to MOST_PROBLEMS."""
+    problems = [f"{kind}: {text}" for kind, text in tensor_problems(checkpoint, expected, ignorable, duplicates)]
     if problems:
         more = len(problems) - MOST_PROBLEMS
         shown = problems[:MOST_PROBLEMS] + ([f"and {more} more"] if more > 0 else [])
@@ -330,7 +305,52 @@ def check_tensors(
         )
 
 
-def _is_empty_bias(checkpoint: Checkpoint, name: str) -> bool:
+def tensor_problems(
+    checkpoint: Checkpoint,
+    expected: Mapping[str, tuple[int, ...]],
+    ignorable: Callable[[str], bool],
+    duplicates: Mapping[str, str],
+    *,
+    read_weights: bool = True,
+) -> list[tuple[str, str]]:
+    """(kind, what) of all that differs from {tensor name: shape}.
+
+    Args:
+        ignorable: says of a tensor's name that it may be there and is not used.
+        duplicates: {name: original} of tensors that may be there if they hold what their original holds (tied heads).
+        read_weights: False: what only the numbers themselves can tell is taken to be well.
+    """
+    found, shapes = checkpoint.tensors, checkpoint.shapes
+    parts = {name.partition("[")[0] for name in shapes}  # "name[rows]" is a part of `name`
+    problems = [
+        ("missing", f"{name} {list(shape)}")
+        for name, shape in sorted(expected.items())
+        if name not in shapes and name not in parts
+    ]
+    problems += [
+        ("unexpected", f"{name} {list(shapes[name])}")
+        for name in sorted(shapes.keys() - expected.keys())
+        if name.partition("[")[0] not in expected
+        and not ignorable(name)
+        and name not in duplicates
+        and not _is_empty_bias(checkpoint, name, read_weights=read_weights)
+    ]
+    for name, shape in sorted(expected.items()):
+        if name in shapes and shapes[name] != shape:
+            problems.append(("wrong shape", f"{name} is {list(shapes[name])}, expected {list(shape)}"))
+        tensor = found.get(name)
+        if tensor is not None and tensor.dtype not in FLOAT_DTYPES:
+            allowed = ", ".join(FLOAT_DTYPES)
+            problems.append(("wrong dtype", f"{name} is {tensor.dtype}, expected one of {allowed}"))
+    for name, original in sorted(duplicates.items()):
+        both = name in found and original in found
+        if both and not _same_values(found[name], found[original], read_weights=read_weights):
+            reason = f"config.json ties {name} to {original}, but they differ: set tie_word_embeddings to false to use"
+            problems.append(("contradiction", f"{reason} {name}, or remove it"))
+    return problems
+
+
+def _is_empty_bias(checkpoint: Checkpoint, name: str, *, read_weights: bool) -> bool:
     """True for a bias of zeros beside a quantized weight: some quantizers write one for layers that have none."""
     weight = name.removesuffix(".bias") + ".weight"
     stored = checkpoint.tensors.get(name)
@@ -341,12 +361,14 @@ def _is_empty_bias(checkpoint: Checkpoint, name: str) -> bool:
         or stored.dtype not in FLOAT_DTYPES
     ):
         return False
-    return not load_tensor(stored).any()
+    return not read_weights or not load_tensor(stored).any()
 
 
-def _same_values(first: StoredTensor, second: StoredTensor) -> bool:
+def _same_values(first: StoredTensor, second: StoredTensor, *, read_weights: bool) -> bool:
     if (first.shape, first.dtype) != (second.shape, second.dtype):
         return False
+    if not read_weights:
+        return True
     with first.path.open("rb") as a, second.path.open("rb") as b:
         a.seek(first.offset)
         b.seek(second.offset)

@@ -6,12 +6,14 @@ warning, so that nothing is dropped in silence.
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from graphs.errors import CheckpointError
+from graphs.errors import CheckpointError, legible
+from graphs.files import MAX_JSON_BYTES, leads_out, why_no_file
 
 log = logging.getLogger(__name__)
 
@@ -22,16 +24,33 @@ MAX_DIM = 2**31 - 1
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in `path`; CheckpointError when it is absent, unreadable or not an object."""
+    """Return the JSON object in `path`; CheckpointError when it is absent, unreadable, too large or not an object, or a
+    link that leads out of its folder."""
+    require_inside(path)
+    if not path.exists():
+        raise CheckpointError(f"{path} is missing")
+    if reason := why_no_file(path):
+        raise CheckpointError(f"{path} cannot be read as JSON: {reason}")
     try:
+        if (size := path.stat().st_size) > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path} has {size:,} bytes, expected at most {MAX_JSON_BYTES:,}: it is damaged")
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
+    except CheckpointError:
+        raise
     except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or an endless number
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}, expected a JSON object")
     return value
+
+
+def require_inside(path: Path) -> None:
+    """CheckpointError where a file that is taken over as it is, or read as text, is a link out of its folder."""
+    if leads_out(path):
+        raise CheckpointError(
+            f"{path} is a link that leads out of the checkpoint's folder, to {os.path.realpath(path)}: put the file"
+            " itself there, if you trust it"
+        )
 
 
 class Keys:
@@ -118,7 +137,8 @@ class Keys:
             expected = ", ".join(json.dumps(a) for a in allowed) or "it to be absent"
             raise CheckpointError(
                 f"{self.where}: {key} = {short(value)} changes the maths and is not supported for this model_type"
-                f" (expected {expected})"
+                f" (expected {expected})",
+                key=self.path(key),
             )
 
     def finish(self) -> None:
@@ -128,11 +148,15 @@ class Keys:
                 self.only(key, allowed)
         unknown = sorted(key for key in self.raw if key not in self.used and key not in HARMLESS_KEYS)
         if unknown:
-            log.warning("%s: unknown keys are ignored: %s", self.where, ", ".join(unknown))
+            log.warning("%s: unknown keys are ignored: %s", self.where, legible(", ".join(unknown)))
 
     def _wrong(self, key: str, value: Any, expected: str) -> CheckpointError:
         found = "it is missing" if value is None else f"found {short(value)}"
-        return CheckpointError(f"{self.where}: {key} must be {expected}, {found}")
+        return CheckpointError(f"{self.where}: {key} must be {expected}, {found}", key=self.path(key))
+
+    def path(self, key: str) -> tuple[str, ...]:
+        """Where `key` stands in config.json: `where` names the objects around it."""
+        return (*self.where.split(": ")[1:], key)
 
 
 def _is_number(value: Any) -> bool:

@@ -2,16 +2,18 @@
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
-from graphs.build import build_decoder, build_vision_encoder
+from graphs.build import build_decoder, build_vision_encoder, on_meta
 from graphs.checkpoint import Checkpoint, check_tensors
 from graphs.config import DecoderConfig
+from graphs.errors import CheckpointError
 from graphs.families import Family
 from graphs.families.family import TensorNames
 from graphs.transformer import TransformerDecoder, real_buffers
 from graphs.vision import VisionEncoder
+
+FEW_MISSING = 500  # tensors: so many are listed one by one
 
 
 def expected_shapes(family: Family, config: DecoderConfig) -> dict[str, tuple[int, ...]]:
@@ -29,7 +31,7 @@ def expected_shapes(family: Family, config: DecoderConfig) -> dict[str, tuple[in
 
 def build_on_meta(config: DecoderConfig) -> tuple[TransformerDecoder, VisionEncoder | None]:
     """The decoder, and the vision encoder if there is one, with parameters that have shapes and no storage."""
-    with torch.device("meta"):
+    with on_meta():
         return build_decoder(config), None if config.vision is None else build_vision_encoder(config)
 
 
@@ -41,8 +43,21 @@ def named_models(
     return names if encoder is None else [*names, (encoder, family.encoder_names(config))]
 
 
+def check_size(config: DecoderConfig, checkpoint: Checkpoint) -> None:
+    """CheckpointError where config.json describes far more tensors than there are, before a module is made for each."""
+    experts = sum(kind.experts.num_experts for kind in config.kinds if kind.experts is not None)
+    vision = 0 if config.vision is None else config.vision.num_hidden_layers + config.vision.num_global_layers
+    least, found = config.num_hidden_layers + experts + vision, len(checkpoint.all_tensors)
+    if least > found + FEW_MISSING:
+        raise CheckpointError(
+            f"{checkpoint.folder}: config.json describes at least {least:,} tensors, but the checkpoint holds"
+            f" {found:,}: one of them is another model's, or damaged"
+        )
+
+
 def check_weights(family: Family, config: DecoderConfig, checkpoint: Checkpoint) -> None:
     """Raise CheckpointError, listing every problem, unless the checkpoint holds just the tensors the config needs."""
+    check_size(config, checkpoint)
     check_tensors(checkpoint, expected_shapes(family, config), family.is_ignorable, family.duplicates(config))
 
 

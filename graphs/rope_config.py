@@ -82,7 +82,8 @@ def read_rope(
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if not isinstance(rope_type, str) or rope_type not in ROPE_READERS:
         raise CheckpointError(
-            f"{where}: rope type {short(rope_type)} is not supported; supported: {', '.join(ROPE_READERS)}"
+            f"{where}: rope type {short(rope_type)} is not supported; supported: {', '.join(ROPE_READERS)}",
+            key=rope.path("rope_type")[:-1],  # its other keys mean nothing without it
         )
     rope.used.update(("rope_type", "type"))
     if partial:

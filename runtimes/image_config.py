@@ -1,19 +1,21 @@
 """preprocessor_config.json, strictly: every key that decides on pixels is honoured or refused."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from runtimes.errors import ArtifactError
+from runtimes.files import read_json, shown
 
 PROCESSOR_TYPES = ("MllamaImageProcessor", "MllamaImageProcessorFast", "MllamaImageProcessorPil")
+MOST = 2**31 - 1  # of any count
+MOST_TILES = 1024  # of an image; as graphs/families/mllama.py has it
 FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # a filter's place is Pillow's number
 
 
 def _is_count(value: object, least: int = 1) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= MOST
 
 
 def _is_number(value: object) -> bool:
@@ -45,7 +47,11 @@ _KEYS: dict[str, tuple[Any, ...]] = {
     "image_std": (0.5, lambda value: _is_colours(value) and np.all(value), "a number or a list of three, without 0"),
     "resample": (2, lambda value: _is_count(value, 0) and value < len(FILTERS), f"0 to 5: {', '.join(FILTERS)}"),
     "size": ({"height": 224, "width": 224}, _is_square, 'a square {"height": N, "width": N}'),
-    "max_image_tiles": (4, _is_count, "a whole number of at least 1"),
+    "max_image_tiles": (
+        4,
+        lambda value: _is_count(value) and value <= MOST_TILES,
+        f"a whole number from 1 to {MOST_TILES}",
+    ),
 }
 
 
@@ -54,12 +60,9 @@ def _read_object(folder: Path, name: str) -> dict[str, Any]:
     if not path.is_file():
         raise ArtifactError(f"{folder} holds no {name}, which images need: copy the one of the checkpoint there")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path} cannot be read: {error}: copy it from the checkpoint again") from None
-    if not isinstance(value, dict):
-        raise ArtifactError(f"{path} must hold a JSON object, found {value!r:.80}: copy it from the checkpoint again")
-    return value
+        return read_json(path)
+    except ArtifactError as error:
+        raise ArtifactError(f"{error}: copy it from the checkpoint again") from None
 
 
 def read_image_keys(folder: Path) -> dict[str, Any]:
@@ -75,12 +78,12 @@ def read_image_keys(folder: Path) -> dict[str, Any]:
         name = "preprocessor_config.json"
         found = _read_object(folder, name)
     if not isinstance(found, dict):
-        raise ArtifactError(f"{folder / name}: image_processor must be a JSON object, found {found!r:.80}")
+        raise ArtifactError(f"{folder / name}: image_processor must be a JSON object, found {shown(found)}")
     keys = {key: found.get(key, default) for key, (default, _, _) in _KEYS.items()}
     for key, (_, is_done, words) in _KEYS.items():
         if not is_done(keys[key]):
             raise ArtifactError(
-                f"{folder / name}: {key} must be {words}, found {json.dumps(keys[key])}: nothing else is done here"
+                f"{folder / name}: {key} must be {words}, found {shown(keys[key])}: nothing else is done here"
             )
     return keys
 
@@ -91,6 +94,8 @@ def read_image_token_id(folder: Path) -> int:
     names = ("image_token_index", "image_token_id")  # of one thing; 128256 is transformers' default
     found = [config[name] for name in names if name in config] or [128256]
     if not _is_count(found[0], least=0) or found[0] != found[-1]:
-        raise ArtifactError(f"{folder / 'config.json'}: {' or '.join(names)} must be one token id, found {found}")
+        raise ArtifactError(
+            f"{folder / 'config.json'}: {' or '.join(names)} must be one token id, found {shown(found)}"
+        )
     token_id: int = found[0]
     return token_id

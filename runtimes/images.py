@@ -6,7 +6,6 @@ C colours, H and W pixels of a tile, S tokens of the longest prompt.
 
 import contextlib
 import dataclasses
-import json
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,10 +16,14 @@ import numpy as np
 
 from runtimes.artifact import Artifact
 from runtimes.errors import ArtifactError, FeedError, RuntimeMissingError
+from runtimes.files import read_json, why_no_file
 from runtimes.image_config import read_image_keys, read_image_token_id
 
 if TYPE_CHECKING:
     from PIL import Image
+
+# Pillow's other formats are seldom pictures that a user has; of some of them, it starts a program (EPS: Ghostscript).
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO", "TGA", "QOI")
 
 SEEN, UNSEEN, HIDDEN = 1, 0, -1  # the values of ImageBatch.cross_attention_mask
 
@@ -118,7 +121,9 @@ class ImageProcessor:
             RuntimeMissingError: Pillow is not installed.
         """
         pillow = _import_pillow()
-        with _reading(str(path)), pillow.Image.open(path) as image:
+        if reason := why_no_file(Path(path)):  # a pipe would never answer
+            raise FeedError(f"{path}: {reason}: give the path of an image file")
+        with _reading(str(path)), pillow.Image.open(path, formats=FORMATS) as image:
             return pillow.ImageOps.exif_transpose(image).convert("RGB")
 
     def tiles(self, image: "Image.Image") -> tuple[np.ndarray, int]:
@@ -315,7 +320,7 @@ def _reading(what: str) -> Iterator[None]:
             f"{what} is too large: {error} Scale it down, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
         ) from None
     except pillow.UnidentifiedImageError:
-        raise FeedError(f"{what} is not an image that Pillow knows: expected PNG, JPEG, WebP or the like") from None
+        raise FeedError(f"{what} is not an image that Pillow knows: expected {', '.join(FORMATS)}") from None
     except Exception as error:  # decoders raise OSError, ValueError, SyntaxError and others
         if isinstance(error, OSError) and error.strerror:  # of the file system
             raise FeedError(f"{what}: {error.strerror}: give the path of an image file") from None
@@ -337,9 +342,9 @@ def _levels(keys: dict[str, Any]) -> np.ndarray:
 def _token_name(folder: Path, token_id: int) -> str:
     """A token's text and id, or its id alone where tokenizer.json does not tell: this is for messages."""
     try:
-        added = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+        added = read_json(folder / "tokenizer.json")["added_tokens"]
         return f"{next(token['content'] for token in added if token['id'] == token_id)}, id {token_id}"
-    except (OSError, ValueError, LookupError, TypeError, StopIteration):
+    except (ValueError, LookupError, TypeError, StopIteration):
         return f"id {token_id}"
 
 

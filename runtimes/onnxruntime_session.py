@@ -2,7 +2,7 @@
 
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from runtimes.errors import ArtifactError, RuntimeMissingError
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 NUMPY = {"float32": np.float32, "float16": np.float16}
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"  # of a graph that comes without a path
 ERRORS_ONLY = 3  # of log severities
 ONNX_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
 
@@ -26,7 +27,10 @@ ONNX_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16
 CUDA_OPTIONS = {"use_tf32": 0, "cudnn_conv_algo_search": "HEURISTIC"}
 
 # What ONNX Runtime raises of a file, as onnxruntime_pybind11_state names it
-LOAD_ERRORS = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoModel", "NoSuchFile", "NotImplemented")
+LOAD_ERRORS = (
+    *("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoModel", "NoSuchFile", "NotImplemented"),
+    "RuntimeException",
+)
 
 
 def import_onnxruntime() -> Any:
@@ -113,6 +117,8 @@ class OnnxRuntime:
             )
         self.ort = ort
         self._errors = ort.capi.onnxruntime_pybind11_state
+        # UnicodeDecodeError: it quotes the file, which may be no text
+        self._load_errors = (UnicodeDecodeError, *(getattr(self._errors, name) for name in LOAD_ERRORS))
         self.device = device
         self.device_id = device_id
         self.in_float32 = in_float32
@@ -124,8 +130,11 @@ class OnnxRuntime:
         note = f", {dtype} computed as float32" if widened else ", all in float32" if in_float32 else ""
         self.description = f"onnxruntime {ort.__version__} ({provider}{note})"
 
-    def load(self, model: Path) -> Any:
+    def load(self, model: Path, edit: Callable[[Any], None] | None = None) -> Any:
         """A session, whose graph is widened where computes_in says so.
+
+        Args:
+            edit: changes the graph, an onnx.ModelProto, before it is loaded.
 
         Raises:
             ArtifactError: the file is missing, or is not what ONNX Runtime can load.
@@ -136,15 +145,15 @@ class OnnxRuntime:
         options = self._options()
         try:
             if self.computes_in != self._dtype or self.in_float32:
-                return self._start(self._rewrite(model, options), options)
+                return self._start(self._rewrite(model, options, edit), options)
             try:
-                return self._start(str(model), options)
+                return self._start(str(model) if edit is None else self._edited(model, options, edit), options)
             except self._errors.NotImplemented:
                 if self.device != "cpu":
                     raise
-                return self._start(self._rewrite(model, options), options)
-        except tuple(getattr(self._errors, name) for name in LOAD_ERRORS) as error:
-            reason = str(error).splitlines()[0]
+                return self._start(self._rewrite(model, options, edit), options)
+        except self._load_errors as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ArtifactError(
                 f"{model} cannot be loaded by onnxruntime {self.ort.__version__}: it, or a file of weights beside it,"
                 f" is damaged or needs another version ({reason}): export again"
@@ -202,15 +211,27 @@ class OnnxRuntime:
                 " --layout portable"
             )
 
-    def _rewrite(self, model: Path, options: Any) -> bytes:
+    def _edited(self, model: Path, options: Any, edit: Callable[[Any], None]) -> bytes:
+        """The graph after `edit`, serialised; its weights stay where they are."""
+        from runtimes.widen import load_onnx
+
+        loaded = load_onnx(model)
+        edit(loaded)
+        options.add_session_config_entry(WEIGHTS_FOLDER, str(model.parent))
+        serialized: bytes = loaded.SerializeToString()
+        return serialized
+
+    def _rewrite(self, model: Path, options: Any, edit: Callable[[Any], None] | None = None) -> bytes:
         """The graph as ONNX Runtime can run it on the CPU, serialised."""
         from runtimes.widen import expand_float4, load_onnx, multiply_in_float32, widen
 
         loaded = load_onnx(model)
+        if edit is not None:
+            edit(loaded)
         expand_float4(loaded, model.parent)
         if self.in_float32:
             multiply_in_float32(loaded)
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(model.parent))
+        options.add_session_config_entry(WEIGHTS_FOLDER, str(model.parent))
         if self.computes_in != self._dtype:
             return widen(loaded)
         serialized: bytes = loaded.SerializeToString()

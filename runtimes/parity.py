@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from runtimes.decoding import Decoding
+from runtimes.errors import ArtifactError
 from runtimes.images import ImageBatch
 from runtimes.quality import QualityReport
 from runtimes.runner import Feeds, Runner
@@ -98,6 +99,28 @@ class TargetTrace(Trace):
     image_names: tuple[str, ...] = ()  # of each entry of `images`
 
 
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """How large eager's own errors are; not finite where it overflows."""
+
+    max: float
+    rms: float
+
+    @property
+    def finite(self) -> bool:
+        """False when eager itself overflows: an infinite yardstick would let everything pass."""
+        return math.isfinite(self.max) and math.isfinite(self.rms)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Yardstick:
+    """Eager's own errors in a target's precision, by which the target's are judged."""
+
+    logits: Spread  # of all logits; `rms` is the worst position's
+    cache: tuple[Spread, ...]  # of each tensor of the state
+    images: tuple[Spread, ...]  # of each tensor of VisionSpec.names()
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rung:
     """One comparison. Errors are absolute; the eager ones are the yardstick's own."""
@@ -129,11 +152,22 @@ class ParityReport:
         """True when every rung passed, and there was one."""
         return bool(self.rungs) and all(rung.passed for rung in self.rungs)
 
+    def with_rung(self, rung: Rung) -> "ParityReport":
+        """The report with one more comparison."""
+        return dataclasses.replace(self, rungs=(*self.rungs, rung))
+
     def to_dict(self) -> dict[str, Any]:
         """As plain data; figures are rounded to three digits, so that the same export writes the same bytes."""
         data = dataclasses.asdict(self) | {"passed": self.passed}
         data["rungs"] = [{key: _rounded(value) for key, value in rung.items()} for rung in data["rungs"]]
         return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "ParityReport":
+        """The inverse of to_dict, up to its rounding; KeyError or TypeError where something is missing."""
+        rungs = tuple(Rung(**{key: _restored(value) for key, value in rung.items()}) for rung in data["rungs"])
+        kept = {key: value for key, value in data.items() if key != "passed"}
+        return cls(**kept | {"rungs": rungs, "prompt_lengths": tuple(data["prompt_lengths"])})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,6 +199,24 @@ class ParitySummary:
     def to_json(self) -> str:
         """The text of parity.json."""
         return json.dumps(self.to_dict(), indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "ParitySummary":
+        """Read parity.json's text; ArtifactError when it is damaged."""
+        try:
+            data = json.loads(text)
+            quality = data["quality"]
+            return cls(
+                reports=tuple(ParityReport.from_dict(each) for each in data["reports"]),
+                not_run=dict(data["not_run"]),
+                quality=None if quality is None else QualityReport.from_dict(quality),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ArtifactError(f"parity.json is damaged: {type(error).__name__}: {error}") from None
+
+
+def _restored(value: Any) -> Any:
+    return float("inf") if value is None else value
 
 
 def _rounded(value: Any) -> Any:
@@ -408,8 +460,9 @@ def _run_far(runner: Runner, case: Case) -> np.ndarray:
 
 
 def _run_chunks(runner: Runner, chunks: Chunks) -> list[np.ndarray]:
-    """Every row's chunks, one call per chunk; logits of all tokens."""
+    """Every row's chunks, one call per chunk; logits of all tokens. Before the last one, rows change places."""
     rows = len(chunks.slots)
+    held = np.arange(rows)  # which of `chunks` each row of the runner holds
     runner.reset(rows)
     poison(runner)
     if chunks.images is not None:
@@ -428,47 +481,65 @@ def _run_chunks(runner: Runner, chunks: Chunks) -> list[np.ndarray]:
         }
         if chunks.images is not None:
             feeds["cross_attention_mask"] = chunks.images.cross_attention_mask[:, start : start + size]
-        logits.append(runner.step(feeds))
+        if start + size == chunks.tokens.shape[1]:
+            held = np.roll(held, 1)
+            runner.reorder_rows(held)
+        found = runner.step({name: array[held] for name, array in feeds.items()})
+        logits.append(found[np.argsort(held)])
         start += size
     return list(np.concatenate(logits, axis=1))
 
 
-Yardstick = Callable[[Callable[[Trace], list[np.ndarray]]], np.ndarray]  # eager's error of what is picked of a trace
-
-
-def judge(
-    case: Case,
-    target: TargetTrace,
-    truth: Trace,
-    eager: Trace,
-    greedy_truth: Sequence[np.ndarray],
-    dtype: str,
-    swapped: Trace | None = None,
-) -> list[Rung]:
-    """Compare the target with the truth, by eager's own error.
+def measure_eager(truth: Trace, eager: Trace, swapped: Trace | None = None) -> Yardstick:
+    """How far eager in the target's precision lies from the truth.
 
     Args:
-        greedy_truth: per row [steps, V], the true logits before each token that the target chose.
-        dtype: what the target computes in.
         swapped: the truth with every choice that rounding could turn made the other way, for models that choose
             experts or keys; how far it lies from the truth counts as eager's error.
     """
 
-    # One position's error says little about another's, so eager's errors at all positions make one yardstick; and a
-    # rung may be a single position, so its root mean square is measured against the worst position's.
-    def errors(pick: Callable[[Trace], list[np.ndarray]]) -> np.ndarray:
+    def errors(pick: Callable[[Trace], Sequence[np.ndarray]]) -> np.ndarray:
         of_eager = _errors(pick(eager), pick(truth))
         if swapped is None:
             return of_eager
         of_swapped = _errors(pick(swapped), pick(truth))
         return np.where(np.abs(of_swapped) > np.abs(of_eager), of_swapped, of_eager)
 
-    yardstick = errors(_all_logits)
-    vocab_size = truth.far_logits.shape[-1]
-    worst_rms = max(_rms(position) for position in yardstick.reshape(-1, vocab_size))
+    def each(pick: Callable[[Trace], list[list[np.ndarray]]]) -> tuple[Spread, ...]:
+        def spread(index: int) -> Spread:
+            return _spread(errors(lambda trace: [row[index] for row in pick(trace)]))
+
+        return tuple(spread(index) for index in range(len(pick(truth)[0]))) if pick(truth) else ()
+
+    # One position's error says little about another's, so eager's errors at all positions make one yardstick; and a
+    # rung may be a single position, so its root mean square is measured against the worst position's.
+    of_logits = errors(_all_logits)
+    worst_rms = max(_rms(position) for position in of_logits.reshape(-1, truth.far_logits.shape[-1]))
+    return Yardstick(
+        logits=Spread(_max(of_logits), worst_rms),
+        cache=each(lambda trace: trace.cache),
+        images=each(lambda trace: trace.images),
+    )
+
+
+def judge(
+    case: Case,
+    target: TargetTrace,
+    truth: Trace,
+    yardstick: Yardstick,
+    greedy_truth: Sequence[np.ndarray],
+    dtype: str,
+) -> list[Rung]:
+    """Compare the target with the truth, by eager's own error.
+
+    Args:
+        greedy_truth: per row [steps, V], the true logits before each token that the target chose, or before the first
+            of them only.
+        dtype: what the target computes in.
+    """
 
     def rung(name: str, pick: Callable[[Trace], list[np.ndarray]]) -> Rung:
-        return _rung(name, pick(target), pick(truth), yardstick, dtype, worst_rms)
+        return _rung(name, pick(target), pick(truth), yardstick.logits, dtype)
 
     rungs = [
         rung("prefill logits", lambda trace: [logits[:1] for logits in trace.logits]),
@@ -479,18 +550,10 @@ def judge(
         decode = rung(f"{case.forced.shape[1]} decode steps", lambda trace: [logits[1:] for logits in trace.logits])
         rungs.append(_with_top1(decode, case, target, truth))
     rungs.append(judge_greedy(case, target, greedy_truth, max(rung.max_limit for rung in rungs)))
-    rungs.append(_cache_rung(case, target, truth, errors, dtype))
+    rungs.append(_worst_rung("written cache", target.cache_names, target.cache, truth.cache, yardstick.cache, dtype))
     if truth.images:
-        pictures = _worst_rung(
-            "keys and values of images",
-            target.image_names,
-            lambda trace, index: [row[index] for row in trace.images],
-            target,
-            truth,
-            errors,
-            dtype,
-        )
-        rungs.insert(0, pictures)
+        of_images = (target.images, truth.images, yardstick.images)
+        rungs.insert(0, _worst_rung("keys and values of images", target.image_names, *of_images, dtype))
     intact = target.tail_intact
     rungs.append(
         Rung(
@@ -507,11 +570,12 @@ def judge_greedy(case: Case, target: TargetTrace, truth: Sequence[np.ndarray], l
     """Each greedy token must be the truth's best, or closer to it than rounding can tell (`limit` per logit).
 
     Args:
-        truth: per row [steps, V], the logits before each greedy token.
+        truth: per row [steps, V], the logits before each greedy token, or before the first `steps` of them.
     """
     worst = 0.0
     for row in _rows(case):
-        chosen = truth[row][np.arange(len(target.greedy[row])), target.greedy[row]]
+        steps = min(len(truth[row]), len(target.greedy[row]))
+        chosen = truth[row][np.arange(steps), target.greedy[row][:steps]]
         worst = max(worst, float((truth[row].max(axis=-1) - chosen).max()))
     allowed = TOP1_GAP_MULTIPLE * limit
     passed = math.isfinite(allowed) and worst <= allowed
@@ -542,32 +606,27 @@ def _errors(arrays: Sequence[np.ndarray], truth: Sequence[np.ndarray]) -> np.nda
     return _flat(arrays) - _flat(truth)
 
 
-def _rung(
-    name: str,
-    target: Sequence[np.ndarray],
-    truth: Sequence[np.ndarray],
-    eager_error: np.ndarray,
-    dtype: str,
-    eager_rms: float | None = None,
-) -> Rung:
-    eager_rms = _rms(eager_error) if eager_rms is None else eager_rms
+def _spread(errors: np.ndarray) -> Spread:
+    return Spread(_max(errors), _rms(errors))
+
+
+def _rung(name: str, target: Sequence[np.ndarray], truth: Sequence[np.ndarray], eager: Spread, dtype: str) -> Rung:
     exact = _flat(truth)
     error = _flat(target) - exact
-    finite = bool(np.isfinite(error).all() and np.isfinite(eager_error).all())
+    finite = bool(np.isfinite(error).all()) and eager.finite
     max_error, rms_error = (_max(error), _rms(error)) if finite else (float("inf"), float("inf"))
     floor = FLOOR_ULPS * MACHINE_EPSILON[dtype]
-    max_limit = MAX_MULTIPLE * _max(eager_error) + floor * _max(exact)
-    rms_limit = RMS_MULTIPLE * eager_rms + floor * _rms(exact)
+    max_limit = MAX_MULTIPLE * eager.max + floor * _max(exact)
+    rms_limit = RMS_MULTIPLE * eager.rms + floor * _rms(exact)
     note = ""
-    if not finite:  # an infinite yardstick would let everything pass
-        own = not np.isfinite(eager_error).all()
-        note = f"eager PyTorch itself overflows in {dtype}" if own else "not every number is finite"
+    if not finite:
+        note = "not every number is finite" if eager.finite else f"eager PyTorch itself overflows in {dtype}"
     return Rung(
         name=name,
         max_error=max_error,
         rms_error=rms_error,
-        eager_max_error=_max(eager_error),
-        eager_rms_error=eager_rms,
+        eager_max_error=eager.max,
+        eager_rms_error=eager.rms,
         max_limit=max_limit,
         rms_limit=rms_limit,
         passed=finite and max_error <= max_limit and rms_error <= rms_limit,
@@ -577,33 +636,22 @@ def _rung(
 
 def compare(name: str, target: np.ndarray, truth: np.ndarray, eager: np.ndarray, dtype: str) -> Rung:
     """One rung from three arrays of one shape: what was computed, the truth, and eager's own result."""
-    return _rung(name, [target], [truth], _errors([eager], [truth]), dtype)
-
-
-def _cache_rung(case: Case, target: TargetTrace, truth: Trace, errors: Yardstick, dtype: str) -> Rung:
-    def pick(trace: Trace, index: int) -> list[np.ndarray]:
-        return [trace.cache[row][index] for row in _rows(case)]
-
-    return _worst_rung("written cache", target.cache_names, pick, target, truth, errors, dtype)
+    return _rung(name, [target], [truth], _spread(_errors([eager], [truth])), dtype)
 
 
 def _worst_rung(
     name: str,
     tensors: Sequence[str],
-    pick: Callable[[Trace, int], list[np.ndarray]],
-    target: Trace,
-    truth: Trace,
-    errors: Yardstick,
+    target: Sequence[Sequence[np.ndarray]],
+    truth: Sequence[Sequence[np.ndarray]],
+    eager: Sequence[Spread],
     dtype: str,
 ) -> Rung:
-    """Every tensor by its own scale; the worst one stands for all."""
+    """Every tensor (the second index) by its own scale; the worst one stands for all."""
     rungs = []
     for index, tensor in enumerate(tensors):
-
-        def one(trace: Trace, index: int = index) -> list[np.ndarray]:
-            return pick(trace, index)
-
-        rung = _rung(name, one(target), one(truth), errors(one), dtype)
+        ours, theirs = ([row[index] for row in rows] for rows in (target, truth))
+        rung = _rung(name, ours, theirs, eager[index], dtype)
         rungs.append(dataclasses.replace(rung, note=f"worst: {tensor}"))
     return max(rungs, key=lambda rung: (not rung.passed, rung.max_error / rung.max_limit if rung.max_limit else 0.0))
 

@@ -57,16 +57,34 @@ class QualityReport:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "QualityReport":
-        """The inverse of to_dict; KeyError or TypeError where something is missing."""
+        """The inverse of to_dict; KeyError, TypeError or ValueError where something is missing or wrong."""
         names = {field.name for field in dataclasses.fields(cls)}
         kept = {key: value for key, value in data.items() if key in names}
+        numbers = kept.keys() - {"text", "tokens", "worst_layers", "tasks"}
         return cls(
             **kept
+            | {name: _number(kept[name]) for name in numbers}
             | {
-                "worst_layers": tuple(LayerError(**each) for each in data["worst_layers"]),
-                "tasks": {name: TaskScore(**each) for name, each in data["tasks"].items()},
+                "worst_layers": tuple(
+                    LayerError(layer=str(each["layer"]), error=_number(each["error"])) for each in data["worst_layers"]
+                ),
+                "tasks": {
+                    name: TaskScore(
+                        problems=int(each["problems"]),
+                        original=_number(each["original"]),
+                        stored=_number(each["stored"]),
+                    )
+                    for name, each in data["tasks"].items()
+                },
             }
         )
+
+
+def _number(value: Any) -> float:
+    """A number of a report; NaN for null, as which what is not finite is written. TypeError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | None):
+        raise TypeError(f"{type(value).__name__} instead of a number")
+    return math.nan if value is None else float(value)
 
 
 def _rounded(value: Any) -> Any:

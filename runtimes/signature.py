@@ -15,6 +15,8 @@ from runtimes.errors import FeedError
 
 DTYPE_BYTES = {"int64": 8, "int32": 4, "float32": 4, "float16": 2, "bfloat16": 2, "bool": 1}
 
+MAX_STATE_BYTES = 1 << 40  # of one row; a manifest that asks for more is damaged
+
 # What the largest size of a dynamic dimension follows from, if not from --max-len
 LIMITED_BY = {
     "batch_size": "--max-batch, at export",
@@ -164,7 +166,7 @@ class CacheSpec:
         """ValueError when a tensor is not what a state can be."""
         for tensor in self.tensors:
             sizes = (*tensor.shape, self.max_len)
-            if not all(type(size) is int and size > 0 for size in sizes) or type(tensor.layer) is not int:
+            if not all(type(size) is int and 0 < size < 2**31 for size in sizes) or type(tensor.layer) is not int:
                 raise ValueError("sizes must be whole numbers above 0")
             if not {tensor.dtype, self.dtype} <= DTYPE_BYTES.keys():
                 raise ValueError(f"unknown dtype {tensor.dtype!r}")
@@ -173,6 +175,8 @@ class CacheSpec:
                 raise ValueError(f"axis {axis} of {tensor.name} does not count {self.max_len} slots")
         if not self.tensors:
             raise ValueError("there is no decoding state")
+        if self.nbytes(1) > MAX_STATE_BYTES:
+            raise ValueError(f"the decoding state of a row would have {self.nbytes(1):,} bytes")
         if self.steady_len is not None and type(self.steady_len) is not int:
             raise ValueError("steady_len must be a whole number, or null")
 
@@ -281,6 +285,8 @@ class GraphSignature:
         """ValueError when a dimension has no range, a range is empty, or an alias names no tensor."""
         specs = {spec.name for spec in (*self.inputs, *self.outputs)}
         for spec in (*self.inputs, *self.outputs):
+            if not isinstance(spec.name, str):
+                raise ValueError(f"a tensor is called {spec.name!r:.80}")
             if spec.dtype not in DTYPE_BYTES:
                 raise ValueError(f"{spec.name} has the unknown dtype {spec.dtype!r}")
             for dim in spec.shape:

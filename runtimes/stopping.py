@@ -1,10 +1,10 @@
 """Where a text ends: stop ids, stop strings, and text that may be shown while tokens still come."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from runtimes.errors import ArtifactError, FeedError
+from runtimes.files import read_json, shown
 
 Decode = Callable[[list[int]], str]  # token ids to text, without special tokens
 
@@ -17,13 +17,10 @@ def read_stop_ids(folder: Path) -> list[int]:
         path = folder / name
         if not path.is_file():
             continue
-        try:
-            value = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        except (OSError, ValueError, AttributeError) as error:
-            raise ArtifactError(f"{path} cannot be read: {error}") from None
+        value = read_json(path).get("eos_token_id")
         ids = value if isinstance(value, list) else [value] if value is not None else []
         if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-            raise ArtifactError(f"{path}: eos_token_id must be a number or a list of numbers, found {value!r}")
+            raise ArtifactError(f"{path}: eos_token_id must be a number or a list of numbers, found {shown(value)}")
         if ids:
             return ids
     return []

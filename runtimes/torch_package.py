@@ -7,7 +7,9 @@ of external data. Loading maps them into memory; two packages of an artifact sha
 import base64
 import dataclasses
 import json
+import math
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,14 @@ from typing import Any
 import numpy as np
 
 from runtimes.errors import ArtifactError, EngineLoadError, RuntimeMissingError
+from runtimes.files import MAX_JSON_BYTES, is_file, require_inside, shown
 from runtimes.torch_runner import import_torch
 
+MOST = 2**62  # of any size
 METADATA_KEY = "export_llm"
 MODEL_NAME = "model"  # AOTInductor's own, of a package that holds one
+# What it says of the code, once for each file of it
+METADATA_FILE = re.compile(rf"(^|/)data/aotinductor/{MODEL_NAME}/[^/]*_metadata\.json$")
 
 # safetensors dtype: torch's name
 DTYPES = {
@@ -39,6 +45,14 @@ class Place:
     offset: int
     dtype: str  # a key of DTYPES
     shape: tuple[int, ...]
+
+    def check(self) -> None:
+        """ValueError where it is no place in a file of the package's own folder."""
+        if not isinstance(self.file, str) or Path(self.file).name != self.file or self.file in ("", "..", "."):
+            raise ValueError(f"a constant lies in {shown(self.file)}, expected a plain file name")
+        sizes = (*self.shape, self.offset)
+        if not all(type(size) is int and 0 <= size <= MOST for size in sizes) or self.dtype not in DTYPES:
+            raise ValueError(f"a constant is {shown(self.dtype)} {shown(self.shape)} at {shown(self.offset)}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +80,7 @@ class PackageFacts:
     def from_json(cls, text: str) -> "PackageFacts":
         """The inverse of to_json."""
         data = json.loads(text)
-        return cls(
+        facts = cls(
             torch=data["torch"],
             device=data["device"],
             processor=tuple(data["processor"]),
@@ -76,6 +90,12 @@ class PackageFacts:
                 for name, (shape, numbers) in data["tables"].items()
             },
         )
+        for place in facts.places.values():
+            place.check()
+        words = (facts.torch, facts.device, *facts.processor)
+        if not all(isinstance(word, str) for word in words):
+            raise ValueError(f"it was made by {shown(words)}, expected text")
+        return facts
 
 
 def read_facts(path: Path) -> tuple[PackageFacts, Mapping[str, str]]:
@@ -84,17 +104,29 @@ def read_facts(path: Path) -> tuple[PackageFacts, Mapping[str, str]]:
     Raises:
         ArtifactError: there is no package of ours.
     """
-    if not path.is_file():
+    require_inside(path)
+    if not is_file(path):
         raise ArtifactError(f"{path} is missing: export again with --target torch")
-    loader = import_torch()._C._aoti.AOTIModelPackageLoader
     try:
-        metadata = loader.load_metadata_from_package(str(path), MODEL_NAME)
+        metadata = _read_metadata(path)
         return PackageFacts.from_json(metadata[METADATA_KEY]), metadata
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # zipfile raises many; nothing but what the file holds can be the reason
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ArtifactError(
             f"{path} is damaged, or no package that export-llm wrote ({reason}): export again with --target torch"
         ) from None
+
+
+def _read_metadata(path: Path) -> dict[str, str]:
+    """AOTInductor's metadata of a package. PyTorch's own reader is not used: damaged files crash it."""
+    with zipfile.ZipFile(path) as file:
+        entry = next(each for each in file.infolist() if METADATA_FILE.search(each.filename))
+        if entry.file_size > MAX_JSON_BYTES:
+            raise ValueError(f"its metadata has {entry.file_size:,} bytes")
+        metadata = json.loads(file.read(entry))
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata is no object of strings")
+    return metadata
 
 
 def check_machine(path: Path, facts: PackageFacts, metadata: Mapping[str, str]) -> None:
@@ -153,10 +185,11 @@ def load_constants(folder: Path, facts: PackageFacts, device: str, loaded: dict[
 
 def _map(torch: Any, folder: Path, place: Place) -> Any:
     dtype = getattr(torch, DTYPES[place.dtype])
-    nbytes = int(np.prod(place.shape)) * dtype.itemsize
+    nbytes = math.prod(place.shape) * dtype.itemsize
+    require_inside(folder / place.file)
     try:
         raw: np.ndarray = np.memmap(folder / place.file, np.uint8, mode="c", offset=place.offset, shape=(nbytes,))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OverflowError) as error:
         raise ArtifactError(f"{folder / place.file}, which holds the weights, cannot be read: {error}") from None
     if place.offset % dtype.itemsize:  # a header of odd length leaves the data unaligned
         raw = np.array(raw)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from runtimes.errors import ArtifactError, RuntimeMissingError
+from runtimes.files import require_inside, shown, why_no_file
 
 
 def load_onnx(path: Path) -> Any:
@@ -36,15 +37,28 @@ def load_onnx(path: Path) -> Any:
         raise ArtifactError(f"{path} is damaged ({error}): export again") from None
 
 
+def external_file(graph: Path, location: str) -> Path:
+    """The file of weights that a graph's external data names; ArtifactError unless it lies beside the graph."""
+    if Path(location).name != location or location in ("", ".", ".."):
+        raise ArtifactError(
+            f"{graph} has weights in {shown(location)}, expected the name of a file beside it: export again"
+        )
+    require_inside(graph.parent / location)
+    return graph.parent / location
+
+
 def widen(model: Any) -> bytes:
-    """The onnx.ModelProto, serialised, with every 16-bit float made float32 (`model` itself is changed).
+    """The onnx.ModelProto, serialised, with every 16-bit float of its kind made float32 (`model` itself is changed).
 
     Weights stay where they are, as they are; each is followed by a Cast.
     """
     import onnx
 
     graph = model.graph
-    float32, narrow = onnx.TensorProto.FLOAT, (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+    float32 = onnx.TensorProto.FLOAT
+    # The graph's own: whatever is cast to another one is rounded on purpose, or by mistake.
+    own = {value.type.tensor_type.elem_type for value in graph.input} | {each.data_type for each in graph.initializer}
+    narrow = own & {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
 
     casts = []
     renamed = {}
@@ -90,7 +104,21 @@ def expand_float4(model: Any, folder: Path) -> None:
     Args:
         model: an onnx.ModelProto, which is changed.
         folder: where its external data lies.
+
+    Raises:
+        ArtifactError: the graph is damaged, or its weights are not where it says.
     """
+    try:
+        _expand_float4(model, folder)
+    except ArtifactError:
+        raise
+    except (LookupError, ValueError, OSError) as error:
+        raise ArtifactError(
+            f"the graph in {folder} is damaged ({type(error).__name__}: {error}): export again"
+        ) from None
+
+
+def _expand_float4(model: Any, folder: Path) -> None:
     import ml_dtypes
     import onnx
 
@@ -101,9 +129,12 @@ def expand_float4(model: Any, folder: Path) -> None:
 
     def raw(name: str) -> bytes:
         external = {entry.key: entry.value for entry in initializers[name].external_data}
-        with (folder / external["location"]).open("rb") as file:
+        path = external_file(folder / "the graph", external["location"])
+        if reason := why_no_file(path):
+            raise ArtifactError(f"{path} cannot be read: {reason}")
+        with path.open("rb") as file:
             file.seek(int(external["offset"]))
-            return file.read(int(external["length"]))
+            return file.read(min(int(external["length"]), path.stat().st_size))
 
     for node in list(graph.node):
         codes = initializers.get(node.input[0]) if node.op_type == "DequantizeLinear" else None

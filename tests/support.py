@@ -24,10 +24,11 @@ from exporter import pipeline
 from exporter.errors import ExportError
 from exporter.pipeline import ExportRequest, export
 from exporter.precision import AS_STORED, PRECISIONS
-from exporter.verify import artifact_targets, verify_artifact
+from exporter.verify import verify_artifact
 from graphs.families import FAMILIES
 from runtimes.artifact import Artifact, open_artifact
 from runtimes.signature import GraphSignature
+from runtimes.verification import artifact_targets
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "support.md"
 COLUMNS = tuple(name for name in PRECISIONS if name != AS_STORED)

@@ -4,6 +4,7 @@ Truths: docs/formats.md read by numpy alone (`numbers_of`), transformers' own mo
 gguf package's dequantization.
 """
 
+import dataclasses
 import importlib.util
 import json
 import shutil
@@ -30,16 +31,17 @@ from exporter.errors import ExportError
 from exporter.pipeline import ExportRequest, ExportResult, export
 from exporter.progress import Quiet
 from exporter.quality import TASKS_FILE
-from exporter.verify import artifact_targets, verify_artifact
+from exporter.verify import verify_artifact
 from graphs.checkpoint import open_checkpoint
 from graphs.errors import CheckpointError
-from runtimes.artifact import Artifact, open_artifact
+from runtimes.artifact import Artifact, file_entry, open_artifact
 from runtimes.decoding import Decoding
 from runtimes.errors import ArtifactError
 from runtimes.generation import generate, read_stop_ids
 from runtimes.onnxruntime_runner import OnnxRuntimeRunner
 from runtimes.runner import open_runner
 from runtimes.tokenizer import Tokenizer
+from runtimes.verification import artifact_targets
 
 PROMPTS = [[1, 16, 21, 13, 19, 24, 31], [1, 87, 81, 84, 86, 3, 21, 18, 31]]
 HAS_RTX = importlib.util.find_spec("tensorrt_rtx") is not None
@@ -256,8 +258,8 @@ def test_the_quality_report_by_transformers(tiny_llama: Path, tmp_path: Path) ->
         )
         for logits in (p, q)
     ]
-    assert quality.perplexity_original == pytest.approx(float(losses[0].exp()), rel=1e-4)
-    assert quality.perplexity_stored == pytest.approx(float(losses[1].exp()), rel=1e-4)
+    assert quality.perplexity_original == pytest.approx(float(losses[0].exp()), rel=1e-3)
+    assert quality.perplexity_stored == pytest.approx(float(losses[1].exp()), rel=1e-3)
     assert [layer.layer for layer in quality.worst_layers] != []
     weights = sum(array.size for array in numbers_of(tmp_path / "out").values())
     size = (tmp_path / "out" / "model.safetensors").stat().st_size
@@ -410,9 +412,9 @@ def test_a_graph_that_reads_other_scales_or_codes(
     model = onnx.load(folder / "decoder.onnx", load_external_data=False)
     change(model)
     (folder / "decoder.onnx").write_bytes(model.SerializeToString())
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["decoder.onnx"]["bytes"] = (folder / "decoder.onnx").stat().st_size
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    manifest = open_artifact(int4_artifact).manifest
+    files = {**manifest.files, "decoder.onnx": file_entry(folder / "decoder.onnx")}
+    (folder / "manifest.json").write_text(dataclasses.replace(manifest, files=files).to_json())
     assert "prefill logits" in verify_again(folder)
 
 

@@ -23,7 +23,7 @@ from transformers import MllamaForConditionalGeneration
 
 from exporter.layouts import LAYOUTS
 from exporter.pipeline import ExportRequest, export
-from exporter.verify import onnx_targets, verify
+from exporter.verify import verify
 from graphs.checkpoint import open_checkpoint
 from graphs.errors import CheckpointError
 from graphs.families import find_family
@@ -40,6 +40,7 @@ from runtimes.images import ImageBatch
 from runtimes.onnxruntime_layouts import LAYOUT_RUNNERS
 from runtimes.onnxruntime_runner import OnnxRuntimeRunner
 from runtimes.runner import Runner, open_runner
+from runtimes.verification import onnx_targets
 
 ATOL = 1e-5  # both sides compute in float32, and logits are of order 1: what differs is the order of additions
 ONNX_ATOL = 3e-5  # ONNX Runtime's kernels order their additions in their own way, in every layer
@@ -763,8 +764,9 @@ TAMPERED: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
 @pytest.mark.parametrize(("change", "message"), TAMPERED, ids=[message for _, message in TAMPERED])
 def test_a_damaged_manifest(change: Callable[[dict[str, Any]], Any], message: str, exported: Artifact) -> None:
     """Parts that contradict each other are refused on opening."""
-    data = json.loads((exported.folder / "manifest.json").read_text())
-    assert Manifest.from_json(json.dumps(data)) == exported.manifest
+    text = (exported.folder / "manifest.json").read_text()
+    assert Manifest.from_json(text) == exported.manifest
+    data = json.loads(text)
     change(data)
     with pytest.raises(ArtifactError, match=f"is damaged: .*{message}"):
         Manifest.from_json(json.dumps(data))

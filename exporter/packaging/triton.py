@@ -14,13 +14,13 @@ from exporter.packaging.pbtxt import to_text
 from exporter.packaging.request import Package, PackagedModel, PackageRequest
 from exporter.packaging.triton_config import BACKENDS, Backend, Serving, decoder_config, stateless_config
 from exporter.progress import Progress
-from exporter.staging import stage
+from exporter.staging import hold_destination, stage
 from exporter.weights import copy_file
 from runtimes.artifact import Artifact, EngineEntry, Manifest, engine_key, open_artifact
 from runtimes.errors import ArtifactError
 from runtimes.generation import read_stop_ids
 from runtimes.signature import GraphSignature, TensorSpec
-from runtimes.widen import load_onnx
+from runtimes.widen import external_file, load_onnx
 
 CONFIG, VERSION = "config.pbtxt", "1"
 ENCODER_SUFFIX = "_vision_encoder"
@@ -169,7 +169,7 @@ def _files(artifact: Artifact, graph: str, backend: Backend) -> dict[str, Path]:
     if backend.name == "tensorrt":
         return {backend.model_file: artifact.path(_engine(artifact, graph).file)}
     path = artifact.path(artifact.manifest.graphs[graph].file)
-    return {backend.model_file: path} | {name: path.parent / name for name in _external_files(path)}
+    return {backend.model_file: path} | {file.name: file for file in _external_files(path)}
 
 
 def _engine(artifact: Artifact, graph: str) -> EngineEntry:
@@ -183,10 +183,11 @@ def _engine(artifact: Artifact, graph: str) -> EngineEntry:
     return artifact.manifest.engines[key]
 
 
-def _external_files(graph: Path) -> list[str]:
-    """The files beside a graph that hold its weights."""
+def _external_files(graph: Path) -> list[Path]:
+    """The files beside a graph that hold its weights; ArtifactError where it names others."""
     tensors = [tensor for tensor in load_onnx(graph).graph.initializer if tensor.external_data]
-    return sorted({entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"})
+    names = {entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"}
+    return [external_file(graph, name) for name in sorted(names)]
 
 
 def _check_destination(request: PackageRequest, name: str) -> None:
@@ -212,6 +213,7 @@ def _check_destination(request: PackageRequest, name: str) -> None:
 
 def _write(model: Model, repository: Path, stack: ExitStack, progress: Progress) -> PackagedModel:
     """Write into a folder that appears under its name when the stack unwinds."""
+    stack.enter_context(hold_destination(repository / model.name, in_place=False))
     staging = stack.enter_context(stage(repository / model.name, in_place=False))
     # First of all: Triton refuses a folder whose name is not its model's, so a server that looks now loads nothing.
     staging.path(CONFIG).write_text(model.config, encoding="utf-8")

@@ -10,9 +10,14 @@ from exporter.layouts.layout import WRAPPED
 SCOPES_KEY = "pkg.torch.onnx.name_scopes"  # written by torch.onnx: a list of module paths, the operator's name last
 
 
-def name_nodes(model: ir.Model) -> None:
-    """Rename every node, and its outputs unless they are graph outputs; graph inputs and initializers are kept."""
+def name_nodes(model: ir.Model) -> dict[str, str]:
+    """Rename every node, and its outputs unless they are graph outputs; graph inputs and initializers are kept.
+
+    Returns:
+        {new name of a value: its name before}.
+    """
     used: Counter[str] = Counter()
+    before: dict[str, str] = {}
     interface = set(model.graph.outputs)
     for node in model.graph:
         base = f"{_module_path(node)}/{node.op_type}"
@@ -20,7 +25,9 @@ def name_nodes(model: ir.Model) -> None:
         node.name = base if used[base] == 1 else f"{base}_{used[base]}"
         for index, value in enumerate(node.outputs):
             if value not in interface:
-                value.name = node.name if index == 0 else f"{node.name}:{index}"
+                old, value.name = value.name, node.name if index == 0 else f"{node.name}:{index}"
+                before[str(value.name)] = str(old)
+    return before
 
 
 def _module_path(node: ir.Node) -> str:

@@ -12,7 +12,7 @@ def _any(gpu_archs: tuple[str, ...]) -> None:
 
 
 def _build_engine(job: Job) -> EngineEntry:
-    file = f"{job.graph}.{job.target}.engine"
+    (file,) = TARGETS[job.target].files(job.graph)
     engine = tensorrt.build_engine(
         job.target,
         job.onnx_path,
@@ -29,6 +29,7 @@ def _engine(target: str) -> Target:
         layout="portable",
         check=lambda gpu_archs: tensorrt.check(target, gpu_archs),
         finish=_build_engine,
+        files=lambda graph: (f"{graph}.{target}.engine",),
         parses_onnx=True,
     )
 
@@ -37,5 +38,10 @@ TARGETS: dict[str, Target] = {
     "onnx": Target(layout=None, check=_any, finish=None),
     "tensorrt-rtx": _engine("tensorrt-rtx"),
     "tensorrt": _engine("tensorrt"),
-    "torch": Target(layout="portable", check=aot_inductor.check, finish=aot_inductor.build_packages),
+    "torch": Target(
+        layout="portable",
+        check=aot_inductor.check,
+        finish=aot_inductor.build_packages,
+        files=aot_inductor.package_files,
+    ),
 }

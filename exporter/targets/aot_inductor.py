@@ -46,6 +46,7 @@ SETTINGS = {
     "aot_inductor.enable_line_tables": False,
 }
 
+STEPS = ("prefill", "decode")  # the decoder's programs
 LOCK_FILE = "export_llm.lock"  # in Inductor's cache
 NO_SOURCE = "// compiled by export-llm --target torch\n"
 
@@ -74,6 +75,11 @@ def check(gpu_archs: tuple[str, ...]) -> None:
         )
 
 
+def package_files(graph: str) -> tuple[str, ...]:
+    """What is compiled of a graph."""
+    return tuple(f"{graph}.{step}.pt2" for step in STEPS) if graph == "decoder" else (f"{graph}.pt2",)
+
+
 def build_packages(job: Job) -> EngineEntry:
     """Compile a graph's packages.
 
@@ -85,9 +91,10 @@ def build_packages(job: Job) -> EngineEntry:
     family = find_family(checkpoint.config, checkpoint.shapes)
     model = map_model(family, family.parse_config(checkpoint.config), checkpoint, getattr(torch, job.cache.dtype))
     moved: dict[int, torch.Tensor] = {}
+    files = package_files(job.graph)
     if job.graph == "decoder":
         steps = {"prefill": job.signature, "decode": decode_signature(job.signature)}
-        files = [f"decoder.{step}.pt2" for step in steps]
+        assert tuple(steps) == STEPS
         facts = _facts(device, DECODER_PREFIX, model.decoder, model.decoder_places)
         for file, (step, signature) in zip(files, steps.items(), strict=True):
             job.progress.start(f"compile {step}")
@@ -95,7 +102,6 @@ def build_packages(job: Job) -> EngineEntry:
             _compile(on_device(program, device, moved), job, file, facts)
     else:
         assert model.encoder is not None
-        files = ["vision_encoder.pt2"]
         facts = _facts(device, ENCODER_PREFIX, model.encoder, model.encoder_places)
         job.progress.start("compile the vision encoder")
         program = encoder_program(model.encoder, job.layout, job.signature)

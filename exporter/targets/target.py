@@ -41,4 +41,5 @@ class Target:
     layout: str | None  # the layout it needs; None: any
     check: Callable[[tuple[str, ...]], None]  # raises before any work is done, if it cannot be built here
     finish: Finish | None  # None: the ONNX graph is all
+    files: Callable[[str], tuple[str, ...]] = lambda graph: ()  # what `finish` writes of "decoder" or "vision_encoder"
     parses_onnx: bool = False  # it is built from the ONNX graph, by a parser that does not take every weight format

@@ -4,7 +4,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -49,8 +49,12 @@ def build_engine(
     *,
     gpu_archs: tuple[str, ...],
     progress: Progress,
+    shown: Collection[str] = (),
 ) -> EngineEntry:
     """Parse the graph, build (a decoder with one profile for prefill and one for decode), and stream it to a file.
+
+    Args:
+        shown: inner values of the graph that are to be outputs as well, as far as it has them.
 
     Raises:
         ExportError: the parser refuses the graph (every error is listed, with its node), it would ignore an input
@@ -66,6 +70,7 @@ def build_engine(
         progress.start("parse")
         _parse(parser, logger, onnx_path)
         _allow_decomposition(trt, network)
+        _mark(network, shown)
         config = builder.create_builder_config()
         config.clear_flag(trt.BuilderFlag.TF32)  # on by default; a 10-bit mantissa is not what fp32 promises
         for profile in _profiles(builder, network, signature):
@@ -113,6 +118,17 @@ def _allow_decomposition(trt: Any, network: Any) -> None:
         if layer.type == trt.LayerType.ATTENTION_INPUT:
             layer.__class__ = trt.IAttentionInputLayer  # the binding returns the base class
             layer.attention.decomposable = True
+
+
+def _mark(network: Any, shown: Collection[str]) -> None:
+    """Make these values outputs; the parser calls tensors as the graph does."""
+    there = {network.get_output(index).name for index in range(network.num_outputs)}
+    for index in range(network.num_layers if shown else 0):
+        layer = network.get_layer(index)
+        for tensor in (layer.get_output(at) for at in range(layer.num_outputs)):
+            if tensor is not None and tensor.name in shown and tensor.name not in there:
+                network.mark_output(tensor)
+                there.add(tensor.name)
 
 
 def _profiles(builder: Any, network: Any, signature: GraphSignature) -> list[Any]:

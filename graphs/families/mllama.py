@@ -3,9 +3,7 @@
 from collections.abc import Container, Mapping
 from typing import Any
 
-import torch
-
-from graphs.build import build_vision_encoder
+from graphs.build import build_vision_encoder, on_meta
 from graphs.checkpoint import TensorRef
 from graphs.config import DecoderConfig, LayerKind, VisionConfig
 from graphs.errors import CheckpointError
@@ -157,7 +155,7 @@ def _family(text: str, head: str, vision: str) -> Family:
     """Args: what the names of the decoder's, the head's and the encoder's tensors begin with."""
 
     def encoder_names(config: DecoderConfig) -> TensorNames:
-        with torch.device("meta"):
+        with on_meta():
             encoder = build_vision_encoder(config)
         names = {}
         for name, _ in encoder.named_parameters():

@@ -25,7 +25,7 @@ def unpack(checkpoint: Checkpoint) -> Checkpoint:
     if quantization is None:
         return checkpoint
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise CheckpointError(
             f"config.json: quantization_config.quant_method {short(method)} is not supported; supported:"
             f" {', '.join(METHODS)}"

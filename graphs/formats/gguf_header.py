@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from graphs.errors import CheckpointError
+from graphs.files import why_no_file
 from graphs.keys import MAX_DIM, short
 
 MAGIC = b"GGUF"
@@ -66,6 +67,8 @@ def read_header(path: Path) -> Header:
     Raises:
         CheckpointError: the file is absent, no GGUF file, truncated, or its header contradicts itself.
     """
+    if reason := why_no_file(path):  # a pipe would never answer
+        raise CheckpointError(f"{path} cannot be read: {reason}")
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _parse(path, data)

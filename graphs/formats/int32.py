@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from graphs.checkpoint import Checkpoint, PackedTensor, StoredTensor, load_tensor
-from graphs.errors import CheckpointError
+from graphs.errors import CheckpointError, legible
 from graphs.keys import Keys, short
 from graphs.quantization import GRIDS, QuantizedTensor, WeightFormat
 
@@ -91,7 +91,7 @@ def read_settings(
         keys.one_of(key, (None, *harmless))
     unknown = sorted(quantization.keys() - keys.used - OTHER_KEYS)
     if unknown:
-        log.warning("%s: unknown keys are ignored: %s", WHERE, ", ".join(unknown))
+        log.warning("%s: unknown keys are ignored: %s", WHERE, legible(", ".join(unknown)))
     return settings
 
 

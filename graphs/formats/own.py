@@ -15,6 +15,7 @@ from torch import Tensor
 
 from graphs.checkpoint import Checkpoint, PackedTensor, StoredTensor, map_tensor
 from graphs.errors import CheckpointError
+from graphs.keys import short
 from graphs.quantization import GRIDS, QuantizedTensor, WeightFormat, pack_nibbles, unpack_nibbles
 
 METADATA_KEY = "export_llm.quantization"  # of a safetensors header's __metadata__
@@ -157,7 +158,7 @@ def _read_metadata(path: Path) -> Mapping[str, Any]:
         metadata = json.loads(file.read(header_bytes)).get("__metadata__") or {}
     try:
         entries = json.loads(metadata.get(METADATA_KEY, "{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         entries = None
     if not isinstance(entries, dict):
         raise CheckpointError(f"{path}: {METADATA_KEY} in its header is damaged")
@@ -172,6 +173,8 @@ def _take(label: str, entry: Any, tensors: dict[str, StoredTensor]) -> PackedTen
         raise ValueError(f"unknown format {entry}")
     scale_dtype = tensors[label + SCALE].dtype
     rows_first = entry.get("rows_first", False)
+    if not isinstance(entry["zero_points"], bool):
+        raise ValueError(f"zero_points must be true or false, found {short(entry['zero_points'])}")
     if rows_first not in (False, fits_rows_first(format)):
         raise ValueError(f"{format} is not stored with outputs first")
     specs_of = rows_first_specs if rows_first else part_specs

@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import hashlib
 import json
 import os
 import resource
@@ -434,13 +435,15 @@ def edit_manifest(artifact: Path, change: Callable[[dict[str, Any]], object]) ->
     path = artifact / "manifest.json"
     manifest = json.loads(path.read_text())
     change(manifest)
-    path.write_text(json.dumps(manifest))
+    del manifest["sha256"]
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(manifest | {"sha256": digest}, indent=1, sort_keys=True) + "\n")
 
 
 def test_manifest_of_another_version(refuses: Callable[..., str], x_artifact: Path) -> None:
     """The message gives both versions."""
     edit_manifest(x_artifact, lambda manifest: manifest.update(schema_version=99))
-    refuses(["inspect", x_artifact], "schema version 99, this program reads 4", "export again")
+    refuses(["inspect", x_artifact], "schema version 99, this program reads 5", "export again")
 
 
 def test_truncated_manifest(refuses: Callable[..., str], x_artifact: Path) -> None:
@@ -552,26 +555,28 @@ def test_verify_against_another_model(
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "stage", "delay_s"),
+    ("number", "code", "stage", "delay_s", "kept"),
     [
-        (signal.SIGINT, 130, "lower to ONNX", 0.1),
-        (signal.SIGINT, 130, "verify on onnxruntime: boundary operators", 0.0),
-        (signal.SIGINT, 130, "build", 0.05),
-        (signal.SIGTERM, 143, "capture", 0.1),
-        (signal.SIGTERM, 143, "build", 0.05),
+        (signal.SIGINT, 130, "lower to ONNX", 0.1, True),
+        (signal.SIGINT, 130, "verify on onnxruntime: boundary operators", 0.0, True),
+        (signal.SIGINT, 130, "build", 0.05, True),
+        (signal.SIGTERM, 143, "capture", 0.1, True),
+        (signal.SIGTERM, 143, "build", 0.05, True),
     ],
 )
-def test_a_signal_leaves_nothing(
+def test_a_signal_leaves_no_artifact(
     number: signal.Signals,
     code: int,
     stage: str,
     delay_s: float,
+    kept: bool,
     x_one_layer: Callable[..., Path],
     x_has_rtx: bool,
     x_root: Path,
     tmp_path: Path,
 ) -> None:
-    """Ctrl-C and SIGTERM, whatever is being done, C++ included: the shell's exit code, no OUT, no remains."""
+    """Ctrl-C and SIGTERM, whatever is being done, C++ included: the shell's exit code, no OUT; what stages have
+    finished is kept, and the message says where."""
     if stage == "build" and not x_has_rtx:
         pytest.skip("needs TensorRT-RTX")
     folder = x_one_layer()
@@ -594,9 +599,11 @@ def test_a_signal_leaves_nothing(
     assert (process.returncode if process.returncode >= 0 else 128 - process.returncode) == code, err
     assert "Traceback" not in err
     assert out == ""
-    assert list(results.iterdir()) == []
+    remains = sorted(path.name for path in results.iterdir()) if results.exists() else []
+    assert remains == ([".out.journal", ".out.partial"] if kept else [])
     if number == signal.SIGINT:
-        assert err.strip().splitlines()[-1] == "interrupted: nothing was left behind"
+        where = f"finished stages are kept in {results / '.out.partial'}: the same export goes on from there"
+        assert err.strip().splitlines()[-1] == f"interrupted: {where if kept else 'nothing was left behind'}"
 
 
 def test_an_unexpected_error_is_reported_as_a_bug(

@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from runtimes.artifact import file_entry
+from runtimes.artifact import file_entry, open_artifact
 
 Run = Callable[..., Any]
 
@@ -96,11 +97,11 @@ def test_drafts_that_do_not_fit_are_refused(generate: Run, x_graphs: Callable[[s
     other = tmp_path / "other"
     other.mkdir()
     for file in draft.iterdir():
-        (other / file.name).symlink_to(file)
+        shutil.copy(file, other)
     for name in ("tokenizer.json", "manifest.json"):
         (other / name).unlink()
     (other / "tokenizer.json").write_text((draft / "tokenizer.json").read_text().replace('"+":', '"plus":'))
-    manifest = json.loads((draft / "manifest.json").read_text())
-    manifest["files"]["tokenizer.json"] = dataclasses.asdict(file_entry(other / "tokenizer.json"))
-    (other / "manifest.json").write_text(json.dumps(manifest))
+    manifest = open_artifact(draft).manifest
+    files = {**manifest.files, "tokenizer.json": file_entry(other / "tokenizer.json")}
+    (other / "manifest.json").write_text(dataclasses.replace(manifest, files=files).to_json())
     generate("--draft", other).refused("has another vocabulary than", "'plus' there and '+' here", "target's tokenizer")

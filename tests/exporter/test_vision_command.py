@@ -1,5 +1,6 @@
 """The command with a model that sees: generate --image, inspect, and the messages for what cannot be."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -38,9 +39,9 @@ def test_generate(x_run: Callable[..., Any], tiny_vision_artifact: Artifact, pic
 def test_text_alone(x_run: Callable[..., Any], tiny_vision_artifact: Artifact, tmp_path: Path) -> None:
     """The same decoder, without a picture; what pictures need may be absent."""
     folder = Path(shutil.copytree(tiny_vision_artifact.folder, tmp_path / "artifact"))
-    manifest = json.loads((folder / "manifest.json").read_text())
-    del manifest["files"]["preprocessor_config.json"]
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    manifest = tiny_vision_artifact.manifest
+    files = {name: entry for name, entry in manifest.files.items() if name != "preprocessor_config.json"}
+    (folder / "manifest.json").write_text(dataclasses.replace(manifest, files=files).to_json())
     (folder / "preprocessor_config.json").unlink()
     assert x_run("generate", folder, "--prompt", "how many squares?").code == 0
     ran = x_run("generate", folder, "--prompt", QUESTION, "--image", folder / "x.png")

@@ -63,7 +63,7 @@ def write(
     plan = plan_weights(checkpoint, refs(checkpoint.tensors if names is None else names), FLOAT_TYPES[precision], mode)
     out.mkdir()
     reported: list[int] = []
-    files = write_weights(plan, lambda name: out / name, reported.append)
+    files = write_weights(plan, lambda name, write: write(out / name), reported.append)
     return plan, files, reported
 
 
@@ -187,7 +187,7 @@ def test_a_copy_in_chunks_is_byte_identical(tmp_path: Path, monkeypatch: pytest.
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(weights.fcntl, "ioctl", refuse)
-    monkeypatch.setattr(weights, "CHUNK_BYTES", 100_000)
+    monkeypatch.setattr(weights, "COPY_BYTES", 100_000)
     _, _, reported = write(x_tiny, tmp_path / "out", "fp32")
     source = (x_tiny / "model.safetensors").read_bytes()
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == source
@@ -253,7 +253,7 @@ def test_a_checkpoint_that_shrinks_is_noticed(tmp_path: Path) -> None:
     os.truncate(folder / "model.safetensors", 500)
     (tmp_path / "out").mkdir()
     with pytest.raises(ExportError, match=r"ended while t was being read"):
-        write_weights(plan, lambda name: tmp_path / "out" / name, lambda _: None)
+        write_weights(plan, lambda name, write: write(tmp_path / "out" / name), lambda _: None)
 
 
 # --- reference mode ---------------------------------------------------------------------------------------------------

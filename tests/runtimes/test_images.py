@@ -479,7 +479,7 @@ BAD_FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "x" * 300: (lambda path: None, "xxx: File name too long: give the path of an image file"),
     "a.txt": (
         lambda path: path.write_text("hello"),
-        "a.txt is not an image that Pillow knows: expected PNG, JPEG, WebP or",
+        "a.txt is not an image that Pillow knows: expected PNG, JPEG, WEBP, GIF",
     ),
     "empty.png": (lambda path: path.touch(), "empty.png is not an image that Pillow knows: expected PNG"),
     "cut.png": (_truncated, "cut.png cannot be read: image file is truncated"),
@@ -613,8 +613,8 @@ NOT_DONE: list[tuple[str, Any, str]] = [
     ("size", {"shortest_edge": 16}, 'a square {"height": N, "width": N}, found {"shortest_edge": 16}'),
     ("size", {"height": 0, "width": 0}, 'a square {"height": N, "width": N}, found {"height": 0, "width": 0}'),
     ("size", 16, 'a square {"height": N, "width": N}, found 16'),
-    ("max_image_tiles", 0, "a whole number of at least 1, found 0"),
-    ("max_image_tiles", 2.5, "a whole number of at least 1, found 2.5"),
+    ("max_image_tiles", 0, "a whole number from 1 to 1024, found 0"),
+    ("max_image_tiles", 2.5, "a whole number from 1 to 1024, found 2.5"),
     (
         "image_processor_type",
         "CLIPImageProcessor",
@@ -666,10 +666,10 @@ def test_a_nested_processor_must_be_an_object(processor: ImageProcessor, tmp_pat
 @pytest.mark.parametrize(
     ("config", "found"),
     [
-        ({"image_token_index": "x"}, "['x']"),
-        ({"image_token_id": None}, "[None]"),
+        ({"image_token_index": "x"}, '["x"]'),
+        ({"image_token_id": None}, "[null]"),
         ({"image_token_id": -1}, "[-1]"),
-        ({"image_token_id": True}, "[True]"),
+        ({"image_token_id": True}, "[true]"),
         ({"image_token_index": 3, "image_token_id": 4}, "[3, 4]"),
     ],
 )

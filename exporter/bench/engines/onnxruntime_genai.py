@@ -70,9 +70,18 @@ def prepare(checkpoint: Path, precision: str, folder: Path) -> Path:
 
 
 def graph_of(model: Path) -> Path:
-    """The ONNX file of a folder with a genai_config.json."""
-    config = json.loads((model / CONFIG).read_text(encoding="utf-8"))
-    return model / str(config["model"]["decoder"]["filename"])
+    """The ONNX file of a folder with a genai_config.json; ArtifactError where that names none in the folder."""
+    # here, because an interpreter that has no more than its library runs this file as well
+    from runtimes.errors import ArtifactError
+    from runtimes.files import read_json, shown
+
+    try:
+        name = read_json(model / CONFIG)["model"]["decoder"]["filename"]
+    except (KeyError, TypeError):
+        name = None
+    if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+        raise ArtifactError(f"{model / CONFIG}: model.decoder.filename must be a plain file name, found {shown(name)}")
+    return model / name
 
 
 def _stage(checkpoint: Path, folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Prefill and decode speed of every runtime that runs on this machine's GPU, on a checkpoint made on the spot.
 
-    python benchmarks/cuda.py                       # 1000M parameters, float16; writes benchmarks/results/<GPU>.json
-    python benchmarks/cuda.py --parameters 30 --device cpu --out /tmp/cpu.json    # the same without a GPU
+    python benchmarks/gpu.py                       # 1000M parameters, float16; writes benchmarks/results/<GPU>.json
+    python benchmarks/gpu.py --parameters 30 --device cpu --out /tmp/cpu.json    # the same without a GPU
 
 `export-llm bench` compares runtimes on the CPU, each in a process of its own. Here they take turns in one process, and
 what the host needs for a step is part of it: every step's logits come back to it.

@@ -14,10 +14,11 @@ from exporter.layouts import LAYOUTS
 from graphs.config import DecoderConfig
 from runtimes.artifact import Manifest
 from runtimes.images import ImageBatch
-from runtimes.parity import Case, make_case
+from runtimes.parity import DECODE_STEPS, Case, make_case
 
 MOST_ROWS = 2  # of different lengths: what one row shows, more rows show no better
 STEPS = 2  # of one token, after a prompt
+LONG_STEPS = DECODE_STEPS  # where rotary angles depend on a row's length, some row has to cross a border
 SEED = 0
 
 
@@ -54,14 +55,15 @@ def make_texts(manifest: Manifest, config: DecoderConfig) -> list[Text]:
         gapless=gapless,
         encoder=None if manifest.vision is None else manifest.graphs["vision_encoder"].signature,
     )
-    return CALLS[manifest.layout](case)
+    by_length = any(kind.rope is not None and kind.rope.depends_on_length for kind in config.kinds)
+    return CALLS[manifest.layout](case, min(LONG_STEPS if by_length else STEPS, case.forced.shape[1]))
 
 
-def _portable(case: Case) -> list[Text]:
-    return [_static_text(case), _chunked_text(case)]
+def _portable(case: Case, steps: int) -> list[Text]:
+    return [_static_text(case, steps), _chunked_text(case)]
 
 
-def _static_text(case: Case) -> Text:
+def _static_text(case: Case, steps: int) -> Text:
     """Prompts padded on the right, then single tokens."""
     lengths = np.array([len(prompt) for prompt in case.prompts])
     tokens = _padded(case.prompts, left=False)
@@ -76,7 +78,7 @@ def _static_text(case: Case) -> Text:
             real=real,
         )
     ]
-    for step in range(min(STEPS, case.forced.shape[1])):
+    for step in range(steps):
         ends = lengths + step
         mask = np.arange(ends.max() + 1) <= ends[:, None]
         one = case.forced[:, step : step + 1]
@@ -102,13 +104,12 @@ def _chunked_text(case: Case) -> Text:
     return Text(rows=rows, calls=tuple(calls), images=chunks.images)
 
 
-def _dynamic(case: Case) -> list[Text]:
+def _dynamic(case: Case, steps: int) -> list[Text]:
     """Prompts padded on the left, then single tokens, then several; positions count a row's own tokens."""
     lengths = np.array([len(prompt) for prompt in case.prompts])
     tokens = _padded(case.prompts, left=True)
     rows, longest = tokens.shape
-    steps = [min(STEPS, case.forced.shape[1])]
-    parts = [tokens, *(case.forced[:, at : at + 1] for at in range(*steps)), case.forced[:, steps[0] :]]
+    parts = [tokens, *(case.forced[:, at : at + 1] for at in range(steps)), case.forced[:, steps:]]
     calls, total = [], 0
     for part in parts:
         if not part.shape[1]:
@@ -122,10 +123,10 @@ def _dynamic(case: Case) -> list[Text]:
     return [Text(rows=rows, calls=tuple(calls))]
 
 
-def _genai(case: Case) -> list[Text]:
+def _genai(case: Case, steps: int) -> list[Text]:
     """Prompts padded on the right, then single tokens; one row in chunks; and a long one, that windows may end in."""
     lengths = np.array([len(prompt) for prompt in case.prompts])
-    texts = [_gapless_text([_padded(case.prompts, left=False), *case.forced.T[:STEPS, :, None]], lengths)]
+    texts = [_gapless_text([_padded(case.prompts, left=False), *case.forced.T[:steps, :, None]], lengths)]
     texts.append(_gapless_text([np.array([case.far_prompt])], np.array([len(case.far_prompt)])))
     whole = np.array([case.row(0)])
     middle = len(case.prompts[0]) // 2
@@ -150,7 +151,7 @@ def _gapless_text(parts: Sequence[np.ndarray], lengths: np.ndarray) -> Text:
 
 
 # {layout: the texts}
-CALLS: Mapping[str, Callable[[Case], list[Text]]] = {"portable": _portable, "dynamic": _dynamic, "genai": _genai}
+CALLS: Mapping[str, Callable[[Case, int], list[Text]]] = {"portable": _portable, "dynamic": _dynamic, "genai": _genai}
 
 
 def _feeds(

@@ -10,6 +10,7 @@ from tests.mutants.subjects import Workshop
 
 NAMES = (
     "softcap of attention missing",
+    "long rope begins a token late",
     "one layer without its window",
     "one expert's output taken for another's",
     "two experts stored under each other's name",

@@ -48,7 +48,7 @@ def compare_artifacts(folders: Sequence[Path]) -> list[Compared]:
         data = read_json(folder / PARITY_FILE).get("quality")
         try:
             quality = None if data is None else QualityReport.from_dict(data)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise ExportError(f"{folder / PARITY_FILE} is damaged: {type(error).__name__}: {error}") from None
         compared.append(
             Compared(

@@ -86,6 +86,7 @@ def check_golden(open_target: Callable[[], Runner], golden: Golden, *, quantized
                 f" {description} computes in {basis}: verify where PyTorch is installed"
             )
         try:
+            _require_room(golden.case, runner.cache_spec.max_len)
             target = run_case(runner, golden.case)
         except _NO_FIT as error:
             raise ArtifactError(f"the golden tensors do not fit this artifact: {error}") from None
@@ -104,6 +105,15 @@ def check_golden(open_target: Callable[[], Runner], golden: Golden, *, quantized
         decode_steps=golden.case.forced.shape[1],
         rungs=tuple(rungs),
     )
+
+
+def _require_room(case: Case, max_len: int) -> None:
+    """ValueError where the case has slots that the cache has not."""
+    slots = np.concatenate(
+        [case.chunks.slots.ravel(), [case.far_position, case.far_position + len(case.far_prompt) - 1]]
+    )
+    if slots.min() < 0 or slots.max() >= max_len:
+        raise ValueError(f"slots from {slots.min()} to {slots.max()}, in a cache of {max_len}")
 
 
 def _steps_in_common(ours: Sequence[int], theirs: Sequence[int]) -> int:

@@ -211,7 +211,7 @@ class ParitySummary:
                 not_run=dict(data["not_run"]),
                 quality=None if quality is None else QualityReport.from_dict(quality),
             )
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise ArtifactError(f"parity.json is damaged: {type(error).__name__}: {error}") from None
 
 

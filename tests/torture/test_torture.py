@@ -1,5 +1,6 @@
 """Some hostile input for every reader, as `python -m tests.torture` makes it; and each bug that it found."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -32,11 +33,14 @@ from runtimes import errors as runtime_errors
 from runtimes import files as runtime_files
 from runtimes.artifact import foreign_files, is_artifact, open_artifact
 from runtimes.errors import ArtifactError, FeedError
+from runtimes.golden import check_golden, load_golden
 from runtimes.image_config import read_image_keys
 from runtimes.images import FORMATS, ImageProcessor
 from runtimes.onnxruntime_session import OnnxRuntime
+from runtimes.parity import ParitySummary
 from runtimes.prefix_file import load_prefix
 from runtimes.quality import QualityReport
+from runtimes.runner import open_runner
 from runtimes.stopping import read_stop_ids
 from runtimes.tokenizer import Tokenizer
 from runtimes.torch_package import read_facts
@@ -505,3 +509,20 @@ def test_a_warning_of_unknown_keys_is_plain_text(copy: Callable[[str], Path], ca
     (folder / "config.json").write_text(json.dumps(LLAMA | {"\x1b[2J": 1}))
     read_source(folder, None)
     assert "unknown keys are ignored: \\x1b[2J" in caplog.text
+
+
+def test_a_golden_case_beyond_the_cache_is_refused(seeds: Path, tmp_path: Path) -> None:
+    """A slot of 10^15 would ask for a mask of as many."""
+    artifact = open_artifact(seeds / "portable")
+    golden = load_golden(seeds / "golden" / "parity.golden")
+    chunks = dataclasses.replace(golden.case.chunks, slots=golden.case.chunks.slots + 10**15)
+    golden = dataclasses.replace(golden, case=dataclasses.replace(golden.case, chunks=chunks))
+    with pytest.raises(ArtifactError, match="do not fit this artifact: slots from"):
+        check_golden(lambda: open_runner(artifact, device="cpu"), golden, quantized=False)
+
+
+def test_a_report_of_infinitely_many_problems_is_damaged(seeds: Path, tmp_path: Path) -> None:
+    """JSON's Infinity is a float that is no count."""
+    text = (seeds / "parity" / "parity.json").read_text().replace('"problems": 1', '"problems": Infinity')
+    with pytest.raises(ArtifactError, match="is damaged: OverflowError"):
+        ParitySummary.from_json(text)

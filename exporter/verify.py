@@ -48,10 +48,17 @@ OnStage = Callable[[str], None]  # told in words what is happening
 class Answers:
     """What eager PyTorch makes of a case, each thing computed once, however many targets are judged by it."""
 
-    def __init__(self, checkpoint: Checkpoint, layout: str, cache: CacheSpec, case: Case) -> None:
+    def __init__(
+        self,
+        family: Family,
+        config: DecoderConfig,
+        checkpoint: Checkpoint,
+        layout: str,
+        cache: CacheSpec,
+        case: Case,
+    ) -> None:
         """Make it of a checkpoint; for an artifact with quantized weights, the artifact itself: rounding weights is no
         part of parity."""
-        family, config = _model_of(checkpoint)
         self.case = case
         self.dtype: torch.dtype = getattr(torch, cache.dtype)
         self._make = _ReferenceMaker(family, config, checkpoint, self.dtype)
@@ -138,6 +145,24 @@ def _model_of(checkpoint: Checkpoint) -> tuple[Family, DecoderConfig]:
     return family, family.parse_config(checkpoint.config)
 
 
+def fitting_case(
+    config: DecoderConfig, layout: str, cache: CacheSpec, max_batch: int, encoder: GraphSignature | None, seed: int = 0
+) -> Case:
+    """A case of random tokens that fits the model, the layout and the cache."""
+    gapless = LAYOUTS[layout].gapless
+    windows = [kind.window for kind in config.kinds if kind.attention == "sliding_window"]
+    return make_case(
+        config.vocab_size,
+        cache,
+        max_batch,
+        seed,
+        window=windows[0] if windows and not gapless else None,
+        gapless=gapless,
+        free_positions=all(kind.attention in ("causal", "cross") for kind in config.kinds),
+        encoder=encoder,
+    )
+
+
 def make_answers(
     checkpoint: Checkpoint,
     *,
@@ -153,20 +178,9 @@ def make_answers(
         encoder: the vision encoder's, of a model that sees.
         seed: of the random tokens.
     """
-    _, config = _model_of(checkpoint)
-    gapless = LAYOUTS[layout].gapless
-    windows = [kind.window for kind in config.kinds if kind.attention == "sliding_window"]
-    case = make_case(
-        config.vocab_size,
-        cache,
-        signature.dims["batch_size"].max,
-        seed,
-        window=windows[0] if windows and not gapless else None,
-        gapless=gapless,
-        free_positions=all(kind.attention in ("causal", "cross") for kind in config.kinds),
-        encoder=encoder,
-    )
-    return Answers(checkpoint, layout, cache, case)
+    family, config = _model_of(checkpoint)
+    case = fitting_case(config, layout, cache, signature.dims["batch_size"].max, encoder, seed)
+    return Answers(family, config, checkpoint, layout, cache, case)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from exporter.layouts import LAYOUTS
+from exporter.verify import fitting_case
 from graphs.config import DecoderConfig
 from runtimes.artifact import Manifest
 from runtimes.images import ImageBatch
-from runtimes.parity import DECODE_STEPS, Case, make_case
+from runtimes.parity import DECODE_STEPS, Case
 
 MOST_ROWS = 2  # of different lengths: what one row shows, more rows show no better
 STEPS = 2  # of one token, after a prompt
@@ -42,19 +42,9 @@ class Text:
 
 def make_texts(manifest: Manifest, config: DecoderConfig) -> list[Text]:
     """Texts of random tokens, always the same, that fit the artifact."""
-    graph = manifest.graphs["decoder"]
-    gapless = LAYOUTS[manifest.layout].gapless
-    windows = [kind.window for kind in config.kinds if kind.attention == "sliding_window"]
-    case = make_case(
-        config.vocab_size,
-        manifest.cache,
-        min(MOST_ROWS, graph.signature.dims["batch_size"].max),
-        SEED,
-        window=windows[0] if windows and not gapless else None,
-        free_positions=all(kind.attention in ("causal", "cross") for kind in config.kinds),
-        gapless=gapless,
-        encoder=None if manifest.vision is None else manifest.graphs["vision_encoder"].signature,
-    )
+    rows = min(MOST_ROWS, manifest.graphs["decoder"].signature.dims["batch_size"].max)
+    encoder = None if manifest.vision is None else manifest.graphs["vision_encoder"].signature
+    case = fitting_case(config, manifest.layout, manifest.cache, rows, encoder, SEED)
     by_length = any(kind.rope is not None and kind.rope.depends_on_length for kind in config.kinds)
     return CALLS[manifest.layout](case, min(LONG_STEPS if by_length else STEPS, case.forced.shape[1]))
 

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -12,6 +13,7 @@ yaml = pytest.importorskip("yaml")
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOW = ROOT / "examples" / "ci" / "parity.yml"
+WITH_OUR_COMMAND = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,7 @@ def commands(job: dict[str, Any]) -> list[str]:
 def test_the_commands_of_both_jobs(workflow: dict[str, Any], tmp_path: Path) -> None:
     """Green on a good checkpoint; the second job needs what the first one uploads, and nothing else."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    environment = os.environ | workflow["env"] | {"GITHUB_STEP_SUMMARY": str(tmp_path / "summary.md")}
+    environment = WITH_OUR_COMMAND | workflow["env"] | {"GITHUB_STEP_SUMMARY": str(tmp_path / "summary.md")}
     for job in ("export", "check"):
         for command in commands(workflow["jobs"][job]):
             done = subprocess.run(
@@ -49,7 +51,7 @@ def test_the_commands_of_both_jobs(workflow: dict[str, Any], tmp_path: Path) -> 
 
 def test_a_checkpoint_that_is_refused_stops_at_the_plan(workflow: dict[str, Any], tmp_path: Path) -> None:
     """The first command fails, and says why."""
-    environment = os.environ | workflow["env"] | {"CHECKPOINT": str(tmp_path)}
+    environment = WITH_OUR_COMMAND | workflow["env"] | {"CHECKPOINT": str(tmp_path)}
     command = commands(workflow["jobs"]["export"])[0]
     done = subprocess.run(
         ["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False

@@ -42,9 +42,9 @@ SETTINGS = {
     "aot_inductor.package_constants_in_so": False,
     # As many threads as the machine that runs it has, not as the one that compiled it.
     "cpp.dynamic_threads": True,
-    # Source paths of this machine say nothing elsewhere.
-    "aot_inductor.enable_line_tables": False,
 }
+# Source paths of this machine say nothing elsewhere. PyTorch 2.11 writes none and does not know the setting.
+NO_LINE_TABLES = {"aot_inductor.enable_line_tables": False}
 
 STEPS = ("prefill", "decode")  # the decoder's programs
 LOCK_FILE = "export_llm.lock"  # in Inductor's cache
@@ -130,9 +130,11 @@ def _facts(device: str, prefix: str, module: nn.Module, places: Mapping[str, Sto
 
 
 def _compile(program: ExportedProgram, job: Job, file: str, facts: PackageFacts) -> None:
-    from torch._inductor.runtime.runtime_utils import cache_dir  # as in _package
+    from torch._inductor import config  # as in _package
+    from torch._inductor.runtime.runtime_utils import cache_dir
 
-    settings = SETTINGS | {"aot_inductor.metadata": {METADATA_KEY: facts.to_json()}}
+    no_line_tables = NO_LINE_TABLES if hasattr(config.aot_inductor, "enable_line_tables") else {}
+    settings = SETTINGS | no_line_tables | {"aot_inductor.metadata": {METADATA_KEY: facts.to_json()}}
     args, kwargs = program.example_inputs
     # Another export may compile the same program, and Inductor would write the files that are read here.
     cache = Path(cache_dir())

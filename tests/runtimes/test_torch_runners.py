@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -294,9 +295,10 @@ def test_weights_that_are_missing_or_short(torch_artifact: Artifact, tmp_path: P
 
 def test_another_pytorch(torch_artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
     """Code of one release may call what another has not."""
+    made_by = re.escape(torch.__version__)
     monkeypatch.setattr(torch, "__version__", "2.99.1")
     with pytest.raises(
-        EngineLoadError, match=r"was compiled by PyTorch 2\.13\.0.*, and this is 2\.99\.1: install that"
+        EngineLoadError, match=rf"was compiled by PyTorch {made_by}, and this is 2\.99\.1: install that"
     ):
         open_runner(torch_artifact, "aoti")
 

@@ -113,5 +113,9 @@ def on_device(program: ExportedProgram, device: str, moved: dict[int, Tensor]) -
     if device == "cpu":
         return program
     for name, tensor in program.state_dict.items():
-        program.state_dict[name] = moved.setdefault(tensor.data_ptr(), tensor.to(device))
+        if tensor.data_ptr() not in moved:
+            moved[tensor.data_ptr()] = tensor.detach().to(device)
+        there = moved[tensor.data_ptr()]
+        is_parameter = isinstance(tensor, nn.Parameter)
+        program.state_dict[name] = nn.Parameter(there, requires_grad=False) if is_parameter else there
     return move_to_device_pass(program, device)

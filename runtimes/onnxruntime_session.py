@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from runtimes.cuda import copy_on_device, cuda_device_count
+from runtimes.cuda import copy_on_device, copy_to_device, copy_to_host, cuda_device_count
 from runtimes.errors import ArtifactError, RuntimeMissingError
 
 # device: the execution provider that must be there
@@ -259,13 +259,13 @@ class OnnxRuntime:
         if dtype != "bfloat16":
             return make.ortvalue_from_numpy(np.ascontiguousarray(array, NUMPY[dtype]), self.device, self.device_id)
         buffer = make.ortvalue_from_shape_and_type(array.shape, ONNX_BFLOAT16, self.device, self.device_id)
-        self.ort.copy_tensors([self._bfloat16(array)], [buffer])
+        copy_to_device(self.device_id, buffer.data_ptr(), _bfloat16(array))
         return buffer
 
     def overwrite(self, buffer: Any, array: np.ndarray, dtype: str) -> None:
         """Put float32 numbers into a device tensor, which stays where it is."""
         if self.taken(dtype) == "bfloat16":
-            self.ort.copy_tensors([self._bfloat16(array)], [buffer])
+            copy_to_device(self.device_id, buffer.data_ptr(), _bfloat16(array))
         else:
             buffer.update_inplace(np.ascontiguousarray(array, NUMPY[self.taken(dtype)]))
 
@@ -273,9 +273,9 @@ class OnnxRuntime:
         """A float32 copy of a device tensor."""
         if buffer.element_type() != ONNX_BFLOAT16:
             return np.array(buffer.numpy(), np.float32)
-        host = self.ort.OrtValue.ortvalue_from_numpy_with_onnx_type(np.zeros(buffer.shape(), np.uint16), ONNX_BFLOAT16)
-        self.ort.copy_tensors([buffer], [host])
-        bits: np.ndarray = host.numpy().astype(np.uint32) << np.uint32(16)
+        host = np.empty(buffer.shape(), np.uint16)
+        copy_to_host(self.device_id, buffer.data_ptr(), host)
+        bits: np.ndarray = host.astype(np.uint32) << np.uint32(16)
         return bits.view(np.float32)
 
     def reorder_rows(self, buffer: Any, rows: np.ndarray) -> None:
@@ -292,15 +292,15 @@ class OnnxRuntime:
             source = self.ort.OrtValue.ortvalue_from_shape_and_type(
                 buffer.shape(), buffer.element_type(), self.device, self.device_id
             )
-            self.ort.copy_tensors([buffer], [source])
+            copy_on_device(self.device_id, [(source.data_ptr(), buffer.data_ptr())], buffer.tensor_size_in_bytes())
         size = buffer.tensor_size_in_bytes() // len(rows)
         targets = [buffer.data_ptr() + size * int(row) for row in moved]
         sources = [source.data_ptr() + size * int(row) for row in rows[moved]]
         copy_on_device(self.device_id, list(zip(targets, sources, strict=True)), size)
 
-    def _bfloat16(self, array: np.ndarray) -> Any:
-        """Float32 numbers as a host tensor; numpy has no bfloat16, which is the upper half of a float32."""
-        bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
-        half = np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))  # to the nearest, of two to the even one
-        upper = ((bits + half) >> np.uint32(16)).astype(np.uint16)
-        return self.ort.OrtValue.ortvalue_from_numpy_with_onnx_type(upper, ONNX_BFLOAT16)
+
+def _bfloat16(array: np.ndarray) -> np.ndarray:
+    """The bits of float32 numbers as bfloat16, which is the upper half of a float32 and which numpy does not have."""
+    bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
+    half = np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))  # to the nearest, of two to the even one
+    return ((bits + half) >> np.uint32(16)).astype(np.uint16)

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from exporter.layouts import LAYOUTS
 from exporter.pipeline import ExportRequest, export
 from exporter.precision import cache_spec
-from exporter.torch_program import DECOMPOSITIONS, decode_signature, decoder_program
+from exporter.torch_program import DECOMPOSITIONS, decode_signature, decoder_program, on_device
 from exporter.torch_runners import MODULE_RUNNERS
 from graphs.build import build_decoder
 from graphs.families import find_family
@@ -81,6 +81,18 @@ def test_programs_compute_what_the_decoder_does(name: str, step: str) -> None:
         torch.testing.assert_close(module((*inputs, cache.by_layer(past))), logits, atol=1e-5, rtol=1e-5)
         for updated, expected in zip(past, (tensor for layer in present for tensor in layer), strict=True):
             torch.testing.assert_close(updated, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_programs_move_to_another_device() -> None:
+    """Whole, with weights that both programs share; "meta" stands for a GPU."""
+    decoder, signature, cache = make("llama")
+    moved: dict[int, torch.Tensor] = {}
+    for each in (signature, decode_signature(signature)):
+        program = on_device(decoder_program(decoder, LAYOUT, each, cache, None), "meta", moved)
+        tensors = [*program.state_dict.values(), *program.constants.values()]
+        assert {tensor.device.type for tensor in tensors} == {"meta"}
+        assert len(moved) == len(program.state_dict)
+        program.validate()
 
 
 def test_every_boundary_operator_has_a_decomposition() -> None:

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
+import onnxruntime
 import pytest
 from runner_cases import PROMPTS, assert_rows_are_reordered, assert_the_cache_can_be_written, forced_logits
 
@@ -112,11 +114,13 @@ class Driver:
     def _cuCtxSynchronize(self) -> int:
         return 0 if self.pushed else 201
 
-    def _cuMemcpyDtoD_v2(self, target: Any, source: Any, nbytes: Any) -> int:
+    def _copy(self, target: Any, source: Any, nbytes: Any) -> int:
         assert self.pushed
         self.copies += 1
         ctypes.memmove(target.value, source.value, nbytes.value)
         return 0
+
+    _cuMemcpyDtoD_v2 = _cuMemcpyHtoD_v2 = _cuMemcpyDtoH_v2 = _copy
 
 
 @pytest.fixture
@@ -127,27 +131,47 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     return driver
 
 
-@pytest.mark.parametrize(("rows", "copies"), [([1, 0, 2], 2), ([1, 1, 2], 1), ([0, 1, 2], 0), ([2, 0, 1], 3)])
-def test_rows_move_on_the_device(driver: Driver, rows: list[int], copies: int) -> None:
-    """No row goes by way of the host, and one that is overwritten is still there for whoever needs it."""
-    runtime = OnnxRuntime("float16", device="cpu")
-    make, ort = runtime.ort.OrtValue, runtime.ort
-    runtime.device = "cuda"
-    runtime.ort = SimpleNamespace(
-        OrtValue=SimpleNamespace(
-            ortvalue_from_shape_and_type=lambda shape, dtype, device, number: make.ortvalue_from_shape_and_type(
-                shape, dtype
+@pytest.fixture
+def on_device(driver: Driver) -> Callable[[str], OnnxRuntime]:
+    """Makes a runtime whose tensors lie on the device. ONNX Runtime's own copy_tensors knows no CUDA memory."""
+
+    def make(dtype: str) -> OnnxRuntime:
+        runtime = OnnxRuntime(dtype, device="cpu")
+        on_host = runtime.ort.OrtValue.ortvalue_from_shape_and_type
+        runtime.device, runtime.computes_in = "cuda", dtype
+        runtime.ort = SimpleNamespace(
+            OrtValue=SimpleNamespace(
+                ortvalue_from_shape_and_type=lambda shape, dtype, device, number: on_host(shape, dtype)
             )
-        ),
-        copy_tensors=lambda sources, targets: targets[0].update_inplace(sources[0].numpy()),
-    )
-    assert ort is not runtime.ort
+        )
+        return runtime
+
+    return make
+
+
+@pytest.mark.parametrize(("rows", "copies"), [([1, 0, 2], 3), ([1, 1, 2], 1), ([0, 1, 2], 0), ([2, 0, 1], 4)])
+def test_rows_move_on_the_device(
+    driver: Driver, on_device: Callable[[str], OnnxRuntime], rows: list[int], copies: int
+) -> None:
+    """No row goes by way of the host, and one that is overwritten is still there for whoever needs it."""
+    runtime, make = on_device("float16"), onnxruntime.OrtValue
     before = np.random.default_rng(0).random((3, 2, 5, 4)).astype(np.float16)
     buffer = make.ortvalue_from_numpy(before.copy())
     runtime.reorder_rows(buffer, np.array(rows))
     np.testing.assert_array_equal(buffer.numpy(), before[rows])
     assert driver.copies == copies
     assert (driver.retained, driver.pushed) == (0, 0)
+
+
+def test_bfloat16_goes_to_the_device_and_back(on_device: Callable[[str], OnnxRuntime]) -> None:
+    """Rounded to the nearest, of two to the even one."""
+    runtime = on_device("bfloat16")
+    numbers = np.random.default_rng(0).standard_normal((3, 5)).astype(np.float32)
+    rounded = numbers.astype(ml_dtypes.bfloat16).astype(np.float32)
+    buffer = runtime.upload(numbers, "bfloat16")
+    np.testing.assert_array_equal(runtime.download(buffer), rounded)
+    runtime.overwrite(buffer, -numbers, "bfloat16")
+    np.testing.assert_array_equal(runtime.download(buffer), -rounded)
 
 
 @pytest.mark.parametrize("call", ["cuMemcpyDtoD_v2", "cuCtxSynchronize", "cuCtxPushCurrent_v2"])

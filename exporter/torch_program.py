@@ -112,6 +112,8 @@ def on_device(program: ExportedProgram, device: str, moved: dict[int, Tensor]) -
     """The program for `device`; `moved` holds the tensors that other programs took there, and gets the new ones."""
     if device == "cpu":
         return program
+    if device == "cuda":
+        device = f"cuda:{torch.cuda.current_device()}"  # programs compare it with that of a tensor, which has a number
     for name, tensor in program.state_dict.items():
         if tensor.data_ptr() not in moved:
             moved[tensor.data_ptr()] = tensor.detach().to(device)

@@ -10,7 +10,6 @@ picture in the transformers, E width of the encoder.
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from graphs import ops
 from graphs.attention.cross import CrossAttention
@@ -146,7 +145,9 @@ class VisionModel(nn.Module):
         x_NTPE = torch.cat((class_token, x_NTPE), dim=2)
         x_NTPE = self.layernorm_pre(self.gated_positional_embedding(x_NTPE, aspect_ratio_ids_N))
         padded = -(-config.num_patches // PATCH_MULTIPLE) * PATCH_MULTIPLE
-        x_NTPE = F.pad(x_NTPE, (0, 0, 0, padded - config.num_patches))
+        # not F.pad: ONNX Runtime pads no bfloat16 on a GPU
+        nothing = x_NTPE.new_zeros((images, config.max_num_tiles, padded - config.num_patches, x_NTPE.shape[-1]))
+        x_NTPE = torch.cat((x_NTPE, nothing), dim=2)
 
         mask = self._mask(_pad_tiles(aspect_ratio_mask_NT, config.max_num_tiles), padded)
         of_layers = self.transformer(x_NTPE.flatten(1, 2), mask)

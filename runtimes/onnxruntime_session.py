@@ -1,5 +1,6 @@
 """ONNX Runtime on one device: loads graphs there, and moves tensors to and fro."""
 
+import ctypes
 import math
 import mmap
 from collections.abc import Callable, Sequence
@@ -270,11 +271,14 @@ class OnnxRuntime:
             buffer.update_inplace(np.ascontiguousarray(array, NUMPY[self.taken(dtype)]))
 
     def download(self, buffer: Any) -> np.ndarray:
-        """A float32 copy of a device tensor."""
+        """A float32 copy of a tensor of this session, wherever it lies."""
         if buffer.element_type() != ONNX_BFLOAT16:
             return np.array(buffer.numpy(), np.float32)
         host = np.empty(buffer.shape(), np.uint16)
-        copy_to_host(self.device_id, buffer.data_ptr(), host)
+        if buffer.device_name() == "cpu":
+            ctypes.memmove(host.ctypes.data, buffer.data_ptr(), host.nbytes)
+        else:
+            copy_to_host(self.device_id, buffer.data_ptr(), host)
         bits: np.ndarray = host.astype(np.uint32) << np.uint32(16)
         return bits.view(np.float32)
 

@@ -31,11 +31,15 @@ def test_the_export_was_verified_on_the_gpu(exported: Artifact) -> None:
     assert any("CUDA" in report["runtime"] for report in reports)
 
 
-@pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_golden_tensors(exported: Artifact, device: str, x_run: Callable[..., Any]) -> None:
-    """They hold on the GPU, and on a CPU."""
-    ran = x_run("verify", exported.folder, "--golden", "--device", device, "--json")
+def test_golden_tensors(exported: Artifact, x_run: Callable[..., Any]) -> None:
+    """They hold on the GPU, and on a CPU where that computes alike."""
+    ran = x_run("verify", exported.folder, "--golden", "--device", "cuda", "--json")
     assert ran.code == 0, ran.out + ran.err
+    on_cpu = x_run("verify", exported.folder, "--golden", "--device", "cpu", "--json")
+    if exported.manifest.precision in ("fp32", "fp16"):
+        assert on_cpu.code == 0, on_cpu.out + on_cpu.err
+    else:
+        on_cpu.refused("verify where PyTorch is installed")
 
 
 def test_nothing_diverges_in_what_is_right(exported: Artifact) -> None:

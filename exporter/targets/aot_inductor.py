@@ -7,6 +7,9 @@ import importlib
 import io
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,7 +36,7 @@ from graphs.families import find_family
 from graphs.transformer import real_buffers
 from runtimes.artifact import EngineEntry
 from runtimes.errors import RuntimeMissingError
-from runtimes.torch_package import METADATA_KEY, PackageFacts, Place, processor_features
+from runtimes.torch_package import METADATA_KEY, MODEL_NAME, PackageFacts, Place, processor_features
 from runtimes.torch_runner import torch_device
 
 SETTINGS = {
@@ -49,6 +52,7 @@ NO_LINE_TABLES = {"aot_inductor.enable_line_tables": False}
 STEPS = ("prefill", "decode")  # the decoder's programs
 LOCK_FILE = "export_llm.lock"  # in Inductor's cache
 NO_SOURCE = "// compiled by export-llm --target torch\n"
+LOAD = "import sys, torch; torch._C._aoti.AOTIModelPackageLoader(*sys.argv[1:], False, 1, -1)"
 
 
 def check(gpu_archs: tuple[str, ...]) -> None:
@@ -84,7 +88,7 @@ def build_packages(job: Job) -> EngineEntry:
     """Compile a graph's packages.
 
     Raises:
-        ExportError: PyTorch cannot compile it.
+        ExportError: PyTorch cannot compile it, or cannot load what it compiled.
     """
     device = torch_device(None)
     checkpoint = open_checkpoint(job.folder)
@@ -149,6 +153,26 @@ def _compile(program: ExportedProgram, job: Job, file: str, facts: PackageFacts)
             f"PyTorch {torch.__version__} cannot compile {file}: {reason[0] if reason else type(error).__name__}"
         ) from error
     job.path(file).write_bytes(package)
+    if facts.device == "cuda":
+        require_loadable(job.path(file))
+
+
+def require_loadable(path: Path) -> None:
+    """Load a package in a process of its own: what PyTorch 2.11 compiles for a GPU ends the process that loads it.
+
+    Raises:
+        ExportError: it cannot be loaded.
+    """
+    command = [sys.executable, "-c", LOAD, str(path), MODEL_NAME]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode == 0:
+        return
+    said = done.stderr.strip().splitlines()
+    how = signal.Signals(-done.returncode).name if done.returncode < 0 else said[-1] if said else "no reason given"
+    raise ExportError(
+        f"PyTorch {torch.__version__} compiled {path.name}, and cannot load it ({how}): leave --target torch out, or"
+        " try another version of PyTorch"
+    )
 
 
 def _package(files: list[Path]) -> bytes:

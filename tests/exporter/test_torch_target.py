@@ -13,9 +13,12 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from exporter.errors import ExportError
 from exporter.layouts import LAYOUTS
 from exporter.pipeline import ExportRequest, export
 from exporter.precision import cache_spec
+from exporter.targets import aot_inductor
+from exporter.targets.aot_inductor import require_loadable
 from exporter.torch_program import DECOMPOSITIONS, decode_signature, decoder_program, on_device
 from exporter.torch_runners import MODULE_RUNNERS
 from graphs.build import build_decoder
@@ -112,6 +115,21 @@ def test_packages_hold_no_weights(torch_artifact: Artifact) -> None:
         held = [name for name, array in weights.items() if array.size > 8 and array.ravel()[:16].tobytes() in content]
         assert not held
         assert sum(name.encode() in content for name in ("model.safetensors", "places")) == 2
+
+
+def test_a_package_that_cannot_be_loaded_is_not_published(
+    torch_artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does it end the export: it is loaded in a process of its own."""
+    good = torch_artifact.path("decoder.decode.pt2")
+    require_loadable(good)
+    bad = tmp_path / "decoder.decode.pt2"
+    bad.write_bytes(good.read_bytes()[:1000])
+    with pytest.raises(ExportError, match=r"compiled decoder\.decode\.pt2, and cannot load it \(.*Error.*\): leave"):
+        require_loadable(bad)
+    monkeypatch.setattr(aot_inductor, "LOAD", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")
+    with pytest.raises(ExportError, match=r"and cannot load it \(SIGSEGV\)"):
+        require_loadable(good)
 
 
 def test_the_command_verifies_packages(torch_artifact: Artifact, x_run: Callable[..., Any]) -> None:

@@ -19,7 +19,7 @@ import torch
 
 from exporter.assess import assess, bytes_per_weight
 from exporter.background import in_background
-from exporter.capture import build_encoder_on_meta, build_on_meta, capture, capture_encoder
+from exporter.capture import build_encoder_on_meta, build_on_meta, capture_encoder
 from exporter.clients import CLIENTS, relocate_weights
 from exporter.config_json import config_as_json
 from exporter.errors import ExportError
@@ -32,6 +32,7 @@ from exporter.passes.quantize_weights import quantize_weights
 from exporter.precision import cache_spec, vision_spec
 from exporter.progress import Progress, Quiet
 from exporter.quantize import DEFAULT_QUANTIZER, calibrate_source, check_quantizer, plan_source
+from exporter.repeat import trace_decoder
 from exporter.source import COPIED_FILES, Source, read_source, small_files
 from exporter.staging import Staging, check_destination, hold_destination, remove_remains, stage
 from exporter.targets import TARGETS
@@ -444,20 +445,17 @@ def trace(
     *,
     vision: VisionSpec | None = None,
 ) -> ir.Model:
-    """Capture and lower, without reading a weight."""
-    progress.start("capture")
-    program = capture(decoder, layout, signature, cache, vision)
-    progress.start("lower to ONNX")
-    return lower(program, layout, signature, tensor_names, decoder.real_buffers(), name="decoder")
+    """The decoder's graph; no weight is read."""
+    progress.start("trace")
+    return trace_decoder(decoder, layout, signature, cache, tensor_names, vision)
 
 
 def trace_encoder(
     encoder: VisionEncoder, layout: Layout, signature: GraphSignature, names: TensorNames, progress: Progress
 ) -> ir.Model:
     """The same for the vision encoder."""
-    progress.start("capture the vision encoder")
+    progress.start("trace the vision encoder")
     program = capture_encoder(encoder, layout, signature)
-    progress.start("lower it to ONNX")
     return lower(program, layout, signature, names, {}, name="vision_encoder")
 
 

@@ -31,6 +31,10 @@ def name_nodes(model: ir.Model) -> dict[str, str]:
 
 
 def _module_path(node: ir.Node) -> str:
-    scopes = ast.literal_eval(node.metadata_props.get(SCOPES_KEY, "[]"))
+    """Of a node that folding put in, which says nothing of itself: the module of what it reads."""
+    if SCOPES_KEY not in node.metadata_props:
+        made_by = (value.producer() for value in node.inputs if value is not None)
+        return next((_module_path(other) for other in made_by if other is not None), "")
+    scopes = ast.literal_eval(node.metadata_props[SCOPES_KEY])
     ours = [scope for scope in scopes[:-1] if scope.partition(".")[0] == WRAPPED]
     return ours[-1].removeprefix(WRAPPED).lstrip(".") if ours else ""

@@ -118,7 +118,7 @@ def test_export_progress_is_plain_lines_on_stderr(x_export: Any) -> None:
     assert ESCAPE not in x_export.ran.out
     lines = err.splitlines()
     stages = [
-        *("check", "capture", "lower to ONNX", "write weights", "write and check graph"),
+        *("check", "trace", "write weights", "write and check graph"),
         *("verify on onnxruntime: target", "verify on onnxruntime: boundary operators", "hash files"),
     ]
     assert [line for line in lines if line in stages] == stages

@@ -300,7 +300,7 @@ def test_disk_full_is_known_before_work_begins(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
     ran = x_run("export", x_tiny, "-o", tmp_path / "out")
     ran.refused("the disk is full", "needs 1.8 MB, 1.0 MB are free", "nothing was left behind")
-    assert "capture" not in ran.err
+    assert "trace" not in ran.err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -557,10 +557,10 @@ def test_verify_against_another_model(
 @pytest.mark.parametrize(
     ("number", "code", "stage", "delay_s", "kept"),
     [
-        (signal.SIGINT, 130, "lower to ONNX", 0.1, True),
+        (signal.SIGINT, 130, "trace", 0.6, True),
         (signal.SIGINT, 130, "verify on onnxruntime: boundary operators", 0.0, True),
         (signal.SIGINT, 130, "build", 0.05, True),
-        (signal.SIGTERM, 143, "capture", 0.1, True),
+        (signal.SIGTERM, 143, "trace", 0.1, True),
         (signal.SIGTERM, 143, "build", 0.05, True),
     ],
 )

@@ -430,7 +430,7 @@ def test_a_killed_export_goes_on(x_one_layer: Callable[..., Path], x_root: Path,
     done = subprocess.run(command, cwd=x_root, capture_output=True, text=True, check=True)
     taken = "taken over from an export that was stopped: weights model.safetensors, graph decoder"
     assert done.stderr.splitlines()[-1] == taken
-    assert "capture" not in done.stderr
+    assert "trace" not in done.stderr
     assert [path.name for path in parent.iterdir()] == ["out"]
     assert (parent / "out" / "model.safetensors").stat().st_ino == weights.st_ino
     again = subprocess.run(command, cwd=x_root, capture_output=True, text=True, check=True)

@@ -8,6 +8,7 @@ down, and repeats the others.
 import json
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,9 @@ def sync_folder(folder: Path) -> None:
 
 
 def _settle(path: Path) -> FileEntry:
-    """Bring a file to the disk, and say what it is."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return file_entry(path)
+    """Bring a file to the disk, and meanwhile say what it is."""
+    with path.open("rb") as file, ThreadPoolExecutor(1) as pool:
+        on_disk = pool.submit(os.fsync, file.fileno())
+        entry = file_entry(path)
+        on_disk.result()
+    return entry

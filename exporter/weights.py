@@ -6,7 +6,6 @@ tensor names, in one model.safetensors: an artifact is itself a checkpoint that 
 
 import dataclasses
 import errno
-import fcntl
 import functools
 import json
 import math
@@ -29,8 +28,8 @@ from graphs.formats import own
 from graphs.quantization import QuantizedTensor, WeightFormat, join_outputs
 
 HEADER_ALIGNMENT = 64  # tensors start on a cache line, so that a memory-mapped reader is not slowed down
-COPY_BYTES = 4 << 20  # through one buffer: a new one for each chunk costs more than the copying
-_FICLONE = 0x40049409  # linux/fs.h: share the blocks of one file with another, where the file system can
+COPY_BYTES = 64 << 20  # at a time
+_NO_KERNEL_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # of os.copy_file_range
 
 Progress = Callable[[int], None]  # called with the bytes just written
 
@@ -363,19 +362,24 @@ def write_weights(
 
 
 def copy_file(source: Path, target: Path, progress: Progress = lambda _: None) -> None:
-    """Copy a file: by sharing blocks where the file system can, else in chunks."""
-    with source.open("rb", buffering=0) as reader, target.open("wb") as writer:
+    """Copy a file: in the kernel, which shares blocks where the file system can, else through memory.
+
+    In few calls: whoever copies while another thread computes in Python waits for the interpreter after each.
+    """
+    with source.open("rb", buffering=0) as reader, target.open("wb", buffering=0) as writer:
         try:
-            fcntl.ioctl(writer, _FICLONE, reader.fileno())
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                raise
-            buffer = memoryview(bytearray(COPY_BYTES))
-            while count := reader.readinto(buffer):
-                writer.write(buffer[:count])
+            while count := os.copy_file_range(reader.fileno(), writer.fileno(), COPY_BYTES):
                 progress(count)
-        else:
-            progress(os.fstat(writer.fileno()).st_size)
+        except OSError as error:
+            if error.errno not in _NO_KERNEL_COPY:
+                raise
+        # what the kernel does not copy: all of it, if its file systems are of two kinds
+        buffer = memoryview(bytearray(min(COPY_BYTES, os.fstat(reader.fileno()).st_size - reader.tell())))
+        while buffer and (count := reader.readinto(buffer)):
+            done = 0
+            while done < count:
+                done += writer.write(buffer[done:count]) or 0
+            progress(count)
 
 
 def _write_jobs(plan: WeightPlan, target: Path, *, progress: Progress) -> None:

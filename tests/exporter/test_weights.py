@@ -1,5 +1,6 @@
 """Weights: casts are torch's, bit for bit; files are what the safetensors library reads; nothing is lost on the way."""
 
+import errno
 import json
 import os
 import shutil
@@ -180,19 +181,37 @@ def test_copy_is_byte_identical(tmp_path: Path, x_tiny: Path) -> None:
     assert plan.nbytes == sum(reported) == len(source)
 
 
-def test_a_copy_in_chunks_is_byte_identical(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, x_tiny: Path) -> None:
-    """Where the file system shares no blocks, the copy is streamed in chunks, the last one shorter."""
+@pytest.mark.parametrize("refused_after", [None, 0, 3])
+def test_a_copy_in_chunks_is_byte_identical(
+    refused_after: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, x_tiny: Path
+) -> None:
+    """By the kernel, through memory where its file systems are of two kinds, or when it stops half way."""
+    in_kernel, calls = os.copy_file_range, []
 
-    def refuse(*args: Any) -> int:
-        raise OSError(95, "Operation not supported")
+    def copy(*args: Any) -> int:
+        if len(calls) == refused_after:
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        calls.append(args)
+        return in_kernel(*args)
 
-    monkeypatch.setattr(weights.fcntl, "ioctl", refuse)
+    monkeypatch.setattr(os, "copy_file_range", copy)
     monkeypatch.setattr(weights, "COPY_BYTES", 100_000)
     _, _, reported = write(x_tiny, tmp_path / "out", "fp32")
     source = (x_tiny / "model.safetensors").read_bytes()
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == source
     assert max(reported) == 100_000
     assert sum(reported) == len(source)
+
+
+def test_a_full_disk_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, x_tiny: Path) -> None:
+    """What the kernel cannot write cannot be written otherwise."""
+
+    def full(*args: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "copy_file_range", full)
+    with pytest.raises(OSError, match="No space left"):
+        write(x_tiny, tmp_path / "out", "fp32")
 
 
 def test_a_copy_does_not_change_with_its_source(tmp_path: Path) -> None:

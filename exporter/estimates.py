@@ -18,6 +18,7 @@ from exporter.text import STATE_BYTES
 from exporter.weights import WeightPlan
 from graphs.checkpoint import CHUNK_BYTES
 from graphs.config import DecoderConfig
+from runtimes.hashing import WHOLE_PIECE_BYTES
 from runtimes.parity import (
     CACHE_BYTES,
     CHUNK_IMAGES,
@@ -47,11 +48,12 @@ MANIFEST_BYTES = 3_000  # beside signatures and files
 MANIFEST_BYTES_PER_FILE = 150
 PARITY_BYTES_PER_REPORT = 4_000
 
-# Python, torch, its exporter and ONNX, having traced a model of one layer; and each layer more.
+# Python, torch, its exporter and ONNX, having traced a model of two layers; and each layer more, which in a decoder is
+# a copy of one (exporter/repeat.py).
 PROGRAM_BYTES = 440 * MB
 TRACE_BYTES_PER_LAYER = 2_500_000
-COPY_CHUNKS = 3  # of CHUNK_BYTES, that are in memory when a file is copied
-CAST_CHUNKS = 6  # ... or cast: the chunk, its numbers in the new dtype, and which of them are infinite
+REPEAT_BYTES_PER_LAYER = 600_000
+CAST_CHUNKS = 6  # of CHUNK_BYTES: the chunk, its numbers in the new dtype, and which of them are infinite
 QUANTIZE_BYTES_PER_NUMBER = 5  # codes as they are found, joined, turned round and packed; beside the stored numbers
 # Activations of a layer that calibration keeps at a time, of all text, in feed-forward widths
 CALIBRATION_ACTIVATIONS = 8
@@ -163,13 +165,15 @@ def _cache_numbers(cache: CacheSpec) -> int:
 def peak_memory(request: ExportRequest, source: Source, plan: WeightPlan, cache: CacheSpec) -> PeakMemory:
     """Of the export's process.
 
-    Tracing holds no weight, so the program grows with the number of layers alone. Weights are streamed: copied or cast
-    in chunks, quantized matrix by matrix. Calibration holds the activations of all its text at one layer, and the
-    state of the rows it samples. Verification opens a session, which holds all weights, with the cache of a few rows
-    at full length; the reference beside it holds one matrix at a time. Building an engine holds the weights more than
-    twice. What was freed at the end of a stage is used again by the next, so the largest stage counts.
+    Tracing holds no weight, so the program grows with the number of layers alone. Weights are streamed: copied by the
+    kernel and hashed in pieces, cast in chunks, quantized matrix by matrix. Calibration holds the activations of all
+    its text at one layer, and the state of the rows it samples. Verification opens a session, which holds all weights,
+    with the cache of a few rows at full length; the reference beside it holds one matrix at a time. Building an engine
+    holds the weights more than twice. What was freed at the end of a stage is used again by the next, so the largest
+    stage counts.
     """
-    layers = sum(_layers(source.config, graph) for graph in _graphs(source.config))
+    layers = {graph: _layers(source.config, graph) for graph in _graphs(source.config)}
+    traced = REPEAT_BYTES_PER_LAYER * layers["decoder"] + TRACE_BYTES_PER_LAYER * layers.get("vision_encoder", 0)
     stages = {"write weights": _writing(plan)}
     if plan.quantized and QUANTIZERS[request.quantizer].needs_calibration:
         stages["calibrate"] = _calibrating(source.config, sampled=request.calibration is None) + stages["write weights"]
@@ -181,7 +185,7 @@ def peak_memory(request: ExportRequest, source: Source, plan: WeightPlan, cache:
             stages[f"build {target}"] = BUILDER_BYTES + int(BUILDER_FACTOR * most)
         elif TARGETS[target].finish is not None:
             stages[f"build {target}"] = COMPILER_BYTES
-    return PeakMemory(program=PROGRAM_BYTES + TRACE_BYTES_PER_LAYER * layers, stages=stages)
+    return PeakMemory(program=PROGRAM_BYTES + traced, stages=stages)
 
 
 def _graphs(config: DecoderConfig) -> tuple[str, ...]:
@@ -190,7 +194,7 @@ def _graphs(config: DecoderConfig) -> tuple[str, ...]:
 
 def _writing(plan: WeightPlan) -> int:
     if not plan.jobs:
-        return COPY_CHUNKS * CHUNK_BYTES if plan.copies else 0
+        return WHOLE_PIECE_BYTES if plan.copies else 0
     matrices = [math.prod(weight.shape) for weight in plan.quantized.values()]
     return max(CAST_CHUNKS * CHUNK_BYTES, (FP32_BYTES + QUANTIZE_BYTES_PER_NUMBER) * max(matrices, default=0))
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, MutableSequence, Sequence
 
 import onnx_ir as ir
+import torch
 from torch import nn
 
 from exporter.capture import capture
@@ -81,7 +82,7 @@ def _trace_and_copy(
 
 def _kind(module: nn.Module) -> str:
     """What a module computes, its parameters' values apart."""
-    fields = {name: repr(value) for name, value in sorted(vars(module).items()) if name not in OWN}
+    fields = {name: _shown(value) for name, value in sorted(vars(module).items()) if name not in OWN}
     tensors = {
         name: None if tensor is None else (tuple(tensor.shape), tensor.dtype)
         for name, tensor in (*module._parameters.items(), *module._buffers.items())
@@ -91,6 +92,11 @@ def _kind(module: nn.Module) -> str:
         tables = {name: table.numpy().tobytes() for name, table in module.real_buffers().items()}
     parts = {name: None if part is None else _kind(part) for name, part in module._modules.items()}
     return repr((type(module), fields, tensors, tables, parts))
+
+
+def _shown(value: object) -> str:
+    """A tensor is like none but itself: what repr shows of it may leave numbers out."""
+    return f"tensor {id(value)}" if isinstance(value, torch.Tensor) else repr(value)
 
 
 def _without(decoder: TransformerDecoder, layers: Mapping[int, int]) -> TransformerDecoder:
@@ -148,24 +154,19 @@ class _Expansion:
             raise NotRepeatableError
         hidden = {index: self._hidden(index) for index in traced}  # what each hands to the next
         before = dict(zip(traced[1:], traced, strict=False))
-        at = hidden[0]
-        last = self._nodes[0][-1]
+        read: dict[int, ir.Value] = {}  # what each is handed
+        at, last = hidden[0], self._nodes[0][-1]
         for index in range(1, self._count):
             if index in self._copies:
                 template = self._copies[index]
-                new, at = self._copy(template, index, hidden[before[template]], at, hidden[template])
+                new, at = self._copy(template, index, read[template], at, hidden[template])
                 self._graph.insert_after(last, new)
                 last = new[-1]
             else:
-                replaced = hidden[before[index]]
-                if at is not replaced:
-                    for node in self._nodes[index]:
-                        _rewire(node, {replaced: at})
+                _rewire(self._nodes[index], hidden[before[index]], at)
+                read[index] = at
                 at, last = hidden[index], self._nodes[index][-1]
-        if at is not hidden[traced[-1]]:
-            for node in self._graph:
-                if _layer_of(node) is None:
-                    _rewire(node, {hidden[traced[-1]]: at})
+        _rewire([node for node in self._graph if _layer_of(node) is None], hidden[traced[-1]], at)
         _reset(self._graph.inputs, [self._inputs[spec.name] for spec in signature.inputs])
         _reset(self._graph.outputs, [self._outputs[spec.name] for spec in signature.outputs])
 
@@ -186,7 +187,7 @@ class _Expansion:
     def _copy(
         self, template: int, index: int, entering: ir.Value, at: ir.Value, leaving: ir.Value
     ) -> tuple[list[ir.Node], ir.Value]:
-        """(the nodes of `template` for another layer, which reads `at`; what it hands on)."""
+        """(nodes as the template's, that read `at` where those read `entering`; what they make of `leaving`)."""
         values: dict[ir.Value, ir.Value] = (
             {entering: at} | self._state(template, index) | self._parameters(template, index)
         )
@@ -231,7 +232,7 @@ class _Expansion:
     def _parameters(self, template: int, index: int) -> dict[ir.Value, ir.Value]:
         """{parameter of the template: the layer's own}, which becomes an initializer."""
         initializers = self._graph.initializers
-        parameters = {}
+        parameters: dict[ir.Value, ir.Value] = {}
         for leaf, label in self._weights.get(template, {}).items():
             if (old := initializers.get(label)) is None:
                 continue
@@ -239,7 +240,8 @@ class _Expansion:
             if wanted not in initializers:
                 new = ir.Value(name=wanted, type=old.type, shape=old.shape and old.shape.copy())
                 initializers[wanted] = new
-            parameters[old] = initializers[wanted]
+            if parameters.setdefault(old, initializers[wanted]) is not initializers[wanted]:
+                raise NotRepeatableError  # one weight of the template is two of this layer's
         return parameters
 
 
@@ -253,10 +255,12 @@ def _renamed(name: str, layer: int) -> str:
     return f"layers.{layer}{name[found.end() :]}"
 
 
-def _rewire(node: ir.Node, replaced: Mapping[ir.Value, ir.Value]) -> None:
-    for position, value in enumerate(node.inputs):
-        if value is not None and value in replaced:
-            node.replace_input_with(position, replaced[value])
+def _rewire(nodes: Sequence[ir.Node], old: ir.Value, new: ir.Value) -> None:
+    """Let them read `new` where they read `old`."""
+    for node in nodes:
+        for position, value in enumerate(node.inputs):
+            if value is old:
+                node.replace_input_with(position, new)
 
 
 def _reset(values: MutableSequence[ir.Value], wanted: Sequence[ir.Value]) -> None:

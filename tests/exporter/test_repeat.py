@@ -36,6 +36,15 @@ def decoder_config(case: str) -> dict[str, Any]:
     return test_transformer_decoder.SIZES | kinds | {"num_hidden_layers": LAYERS, "attention": several}
 
 
+def uneven_config(case: str) -> dict[str, Any]:
+    """A second layer of a kind, behind a copy of another."""
+    full, near = "causal", "sliding_window"
+    return decoder_config(case) | {
+        "num_hidden_layers": 7,
+        "attention": [full, near, full, full, near, near, full],
+    }
+
+
 def described(graph: ir.Graph) -> dict[str, Any]:
     """All of a graph but what its constants are called."""
     constants = {
@@ -92,6 +101,7 @@ CASES: dict[str, tuple[Callable[[str], dict[str, Any]], str, str, dict[int, int]
     "softcaps": (family_config, "gemma2", "portable", {4: 2, 5: 3}),
     "experts": (family_config, "qwen3_moe", "portable", {3: 2, 4: 2, 5: 2}),
     "sums": (decoder_config, "aft_simple", "portable", {2: 1, 3: 1, 4: 1, 5: 1}),
+    "kinds in no order": (uneven_config, "sliding_window", "portable", {3: 2, 5: 4, 6: 2}),
     "every kind of attention": (decoder_config, "mixed", "portable", {}),
 }
 

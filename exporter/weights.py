@@ -29,7 +29,8 @@ from graphs.quantization import QuantizedTensor, WeightFormat, join_outputs
 
 HEADER_ALIGNMENT = 64  # tensors start on a cache line, so that a memory-mapped reader is not slowed down
 COPY_BYTES = 64 << 20  # at a time
-_NO_KERNEL_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # of os.copy_file_range
+# What os.copy_file_range raises where it is not to be had: of file systems, kernels and sandboxes
+_NO_KERNEL_COPY = (errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM)
 
 Progress = Callable[[int], None]  # called with the bytes just written
 

@@ -60,7 +60,7 @@ VISION_MUTANTS: tuple[Mutant, ...] = (
         "layers.0.attn",
         stored("layers.0.attn.pos_embeddings.inv_freq", lambda f: 10_000.0 ** -np.arange(0, 1, 1 / len(f))),
     ),
-    _encoder("intermediate layers in the wrong order", None, "vision_model", swap("vision_model/Concat_13", 0, 1)),
+    _encoder("intermediate layers in the wrong order", None, "vision_model", swap("vision_model/Concat_15", 0, 1)),
     _encoder(
         "gate of tile positions without its tanh",
         None,

@@ -1,6 +1,7 @@
 """Prefill and decode speed of every runtime that runs on this machine's GPU, on a checkpoint made on the spot.
 
     python benchmarks/gpu.py                       # 1000M parameters, float16; writes benchmarks/results/<GPU>.json
+    python benchmarks/gpu.py --runtimes eager onnxruntime       # without those that compile for minutes
     python benchmarks/gpu.py --parameters 30 --device cpu --out /tmp/cpu.json    # the same without a GPU
 
 `export-llm bench` compares runtimes on the CPU, each in a process of its own. Here they take turns in one process, and
@@ -15,7 +16,7 @@ import json
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--runtimes", nargs="+", choices=RUNTIMES, default=list(RUNTIMES))
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/<GPU>.json")
     options = parser.parse_args()
@@ -111,7 +113,7 @@ def main() -> None:
         (scratch / "checkpoint").mkdir()
         parameters = write_checkpoint(scratch / "checkpoint", options.parameters, mlp_multiple=32)
         make = functools.cache(functools.partial(_export, scratch, options))
-        runners, not_run = _open_all(make, options.device, stack)
+        runners, not_run = _open_all(make, options.runtimes, options.device, stack)
         prompt = np.random.default_rng(0).integers(0, VOCAB_SIZE, options.prompt_tokens).tolist()
         results = measure(runners, prompt, options.new_tokens, options.rounds)
     plan = {key: value for key, value in vars(options).items() if key not in ("out", "parameters")}
@@ -145,14 +147,14 @@ def _export(scratch: Path, options: argparse.Namespace, target: str) -> Artifact
 
 
 def _open_all(
-    make: Callable[[str], Artifact], device: str, stack: contextlib.ExitStack
+    make: Callable[[str], Artifact], runtimes: Sequence[str], device: str, stack: contextlib.ExitStack
 ) -> tuple[dict[str, Runner], dict[str, str]]:
     """The runners that there are, and why the others are not."""
     runners: dict[str, Runner] = {}
     not_run = {}
-    for runtime, target in RUNTIMES.items():
+    for runtime in runtimes:
         try:
-            runners[runtime] = stack.enter_context(open_on(make(target), runtime, device))
+            runners[runtime] = stack.enter_context(open_on(make(RUNTIMES[runtime]), runtime, device))
         except UNAVAILABLE as error:
             not_run[runtime] = str(error)
     return runners, not_run

@@ -13,6 +13,14 @@ VOCAB_SIZE = 128_256
 KV_HEADS = 8
 HEAD_DIM = 128
 
+ROPE_SCALING = {
+    "factor": 8.0,
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+
 # {name: (layers, hidden size, feed-forward width)}
 SHAPES = {"8b": (32, 4096, 14_336), "70b": (80, 8192, 28_672)}
 
@@ -33,13 +41,7 @@ def write_sparse_checkpoint(folder: Path, shape: str) -> int:
         "num_hidden_layers": layers,
         "num_key_value_heads": KV_HEADS,
         "rms_norm_eps": 1e-05,
-        "rope_scaling": {
-            "factor": 8.0,
-            "high_freq_factor": 4.0,
-            "low_freq_factor": 1.0,
-            "original_max_position_embeddings": 8192,
-            "rope_type": "llama3",
-        },
+        "rope_scaling": ROPE_SCALING,
         "rope_theta": 500_000.0,
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",

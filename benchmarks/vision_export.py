@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import torch
+from sparse_checkpoint import ROPE_SCALING
 
 from graphs.families import find_family
 from graphs.loading import expected_shapes
@@ -39,13 +40,7 @@ CONFIG = {
         "num_hidden_layers": 40,
         "num_key_value_heads": 8,
         "rms_norm_eps": 1e-05,
-        "rope_scaling": {
-            "factor": 8.0,
-            "high_freq_factor": 4.0,
-            "low_freq_factor": 1.0,
-            "original_max_position_embeddings": 8192,
-            "rope_type": "llama3",
-        },
+        "rope_scaling": ROPE_SCALING,
         "rope_theta": 500000.0,
         "tie_word_embeddings": False,
         "vocab_size": 128256,

@@ -23,6 +23,17 @@ from graphs.checkpoint import TensorRef
 from runtimes.signature import GraphSignature
 
 
+@dataclass(frozen=True, kw_only=True)
+class Lowered:
+    """A graph, and where its values come from."""
+
+    model: ir.Model
+    program: ExportedProgram  # of the operators that were lowered one by one
+    # {value of the graph: what it was called before, after the program's node if it is one's}. Graph outputs have none:
+    # they are the program's, in order.
+    origins: Mapping[str, str]
+
+
 def lower(
     program: ExportedProgram,
     layout: Layout,
@@ -31,7 +42,7 @@ def lower(
     buffers: Mapping[str, Tensor],
     *,
     name: str,
-) -> ir.Model:
+) -> Lowered:
     """Build the ONNX graph.
 
     Args:
@@ -39,31 +50,6 @@ def lower(
         buffers: values of the module's buffers, which are stored in the graph itself (rotary frequencies).
         name: of the graph.
     """
-    return lower_with_origins(program, layout, signature, tensor_names, buffers, name=name).model
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lowered:
-    """A graph, and where its values come from."""
-
-    model: ir.Model
-    program: ExportedProgram  # of the operators that were lowered one by one
-    origins: Mapping[
-        str, str
-    ]  # {value of the graph: what it was called before, after the program's node if it is one's}
-
-
-def lower_with_origins(
-    program: ExportedProgram,
-    layout: Layout,
-    signature: GraphSignature,
-    tensor_names: Mapping[str, TensorRef],
-    buffers: Mapping[str, Tensor],
-    *,
-    name: str,
-) -> Lowered:
-    """The same, for those who ask which operator of the program made a value. Graph outputs have no origin: they are
-    the program's, in order."""
     with quiet_torch():
         onnx_program = torch.onnx.export(
             program,

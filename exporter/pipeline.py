@@ -456,7 +456,7 @@ def trace_encoder(
     """The same for the vision encoder."""
     progress.start("trace the vision encoder")
     program = capture_encoder(encoder, layout, signature)
-    return lower(program, layout, signature, names, {}, name="vision_encoder")
+    return lower(program, layout, signature, names, {}, name="vision_encoder").model
 
 
 def save_checked(model: ir.Model, path: Path) -> None:

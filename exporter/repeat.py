@@ -23,7 +23,6 @@ from runtimes.signature import CacheSpec, GraphSignature, VisionSpec
 
 LAYER = re.compile(r"layers\.(\d+)(?=[./])")  # how names of its nodes and parameters begin
 OWN = frozenset(vars(nn.Module()))  # what torch itself keeps in a module
-NAME = "decoder"  # of the graph
 
 
 class NotRepeatableError(Exception):
@@ -44,8 +43,19 @@ def trace_decoder(
             return _trace_and_copy(decoder, layout, signature, cache, tensor_names, vision, copies)
         except NotRepeatableError:
             pass
+    return _trace(decoder, layout, signature, cache, tensor_names, vision)
+
+
+def _trace(
+    decoder: TransformerDecoder,
+    layout: Layout,
+    signature: GraphSignature,
+    cache: CacheSpec,
+    tensor_names: Mapping[str, TensorRef],
+    vision: VisionSpec | None,
+) -> ir.Model:
     program = capture(decoder, layout, signature, cache, vision)
-    return lower(program, layout, signature, tensor_names, decoder.real_buffers(), name=NAME)
+    return lower(program, layout, signature, tensor_names, decoder.real_buffers(), name="decoder").model
 
 
 def templates(decoder: TransformerDecoder) -> dict[int, int]:
@@ -74,8 +84,7 @@ def _trace_and_copy(
         outputs=tuple(spec for spec in signature.outputs if spec.name not in dropped),
     )
     short = _without(decoder, copies)
-    program = capture(short, layout, short_signature, short_cache, vision)
-    model = lower(program, layout, short_signature, tensor_names, short.real_buffers(), name=NAME)
+    model = _trace(short, layout, short_signature, short_cache, tensor_names, vision)
     _Expansion(model.graph, len(decoder.layers), copies, _names_by_layer(tensor_names), cache).run(signature)
     return model
 
@@ -188,9 +197,8 @@ class _Expansion:
         self, template: int, index: int, entering: ir.Value, at: ir.Value, leaving: ir.Value
     ) -> tuple[list[ir.Node], ir.Value]:
         """(nodes as the template's, that read `at` where those read `entering`; what they make of `leaving`)."""
-        values: dict[ir.Value, ir.Value] = (
-            {entering: at} | self._state(template, index) | self._parameters(template, index)
-        )
+        names = self._state_names(template, index)
+        values = {entering: at} | self._state(names) | self._parameters(template, index)
         nodes = []
         for node in self._nodes[template]:
             if any(attribute.type in _GRAPHS for attribute in node.attributes.values()):
@@ -206,7 +214,7 @@ class _Expansion:
                 name=_renamed(str(node.name), index),
             )
             for old, new in zip(node.outputs, copied.outputs, strict=True):
-                new.name = self._present(template, index).get(str(old.name)) or _renamed(str(old.name), index)
+                new.name = names.get(str(old.name)) or _renamed(str(old.name), index)
                 new.type, new.shape = old.type, None if old.shape is None else old.shape.copy()
                 values[old] = new
                 if old.is_graph_output():
@@ -214,20 +222,23 @@ class _Expansion:
             nodes.append(copied)
         return nodes, values[leaving]
 
-    def _state(self, template: int, index: int) -> dict[ir.Value, ir.Value]:
-        """{state that the template reads: the layer's own}."""
-        of_layer = {tensor.name: past for tensor, past, _ in self._names if tensor.layer == index}
-        states = {}
-        for tensor, past, _ in self._names:
-            if tensor.layer == template:
-                old = self._inputs[past]
-                new = ir.Value(name=of_layer[tensor.name], type=old.type, shape=old.shape and old.shape.copy())
-                states[old] = self._inputs[str(new.name)] = new
-        return states
+    def _state_names(self, template: int, index: int) -> dict[str, str]:
+        """{input or output of the template's state: the layer's own}."""
+        own = {tensor.name: names for tensor, *names in self._names if tensor.layer == index}
+        return {
+            old: new
+            for tensor, *names in self._names
+            if tensor.layer == template
+            for old, new in zip(names, own[tensor.name], strict=True)
+        }
 
-    def _present(self, template: int, index: int) -> dict[str, str]:
-        of_layer = {tensor.name: present for tensor, _, present in self._names if tensor.layer == index}
-        return {present: of_layer[tensor.name] for tensor, _, present in self._names if tensor.layer == template}
+    def _state(self, names: Mapping[str, str]) -> dict[ir.Value, ir.Value]:
+        """{state that the template reads: the layer's own}, which becomes an input."""
+        states = {}
+        for old_name, name in names.items():
+            if (old := self._inputs.get(old_name)) is not None:
+                states[old] = self._inputs[name] = _like(old, name)
+        return states
 
     def _parameters(self, template: int, index: int) -> dict[ir.Value, ir.Value]:
         """{parameter of the template: the layer's own}, which becomes an initializer."""
@@ -238,14 +249,18 @@ class _Expansion:
                 continue
             wanted = self._weights[index][leaf]
             if wanted not in initializers:
-                new = ir.Value(name=wanted, type=old.type, shape=old.shape and old.shape.copy())
-                initializers[wanted] = new
+                initializers[wanted] = _like(old, wanted)
             if parameters.setdefault(old, initializers[wanted]) is not initializers[wanted]:
                 raise NotRepeatableError  # one weight of the template is two of this layer's
         return parameters
 
 
 _GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+
+
+def _like(value: ir.Value, name: str) -> ir.Value:
+    """Another value of that type and shape."""
+    return ir.Value(name=name, type=value.type, shape=None if value.shape is None else value.shape.copy())
 
 
 def _renamed(name: str, layer: int) -> str:

@@ -56,7 +56,7 @@ def export_stateless(
         example = torch.empty(sizes, dtype=dtype, device="meta")
         program = torch.export.export(_Alone(on_meta), (example,), dynamic_shapes=(dims,), strict=False)
     refs = {name: TensorRef(name) for name in parameters}
-    model = lower(program, LAYOUTS["portable"], signature, refs, real_buffers(layer), name="layer")
+    model = lower(program, LAYOUTS["portable"], signature, refs, real_buffers(layer), name="layer").model
     stored = read_header(out / SINGLE_FILE)
     placed = {name: dataclasses.replace(tensor, path=Path(SINGLE_FILE)) for name, tensor in stored.items()}
     attach_weights(model, WeightPlan(placed=placed, nbytes=0))

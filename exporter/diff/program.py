@@ -15,7 +15,7 @@ from torch.fx import Node
 from exporter.capture import build_encoder_on_meta, build_on_meta, capture, capture_encoder
 from exporter.layouts import LAYOUTS
 from exporter.layouts.layout import WRAPPED
-from exporter.lowering import Lowered, lower_with_origins
+from exporter.lowering import Lowered, lower
 from exporter.progress import Progress
 from graphs.checkpoint import TensorRef
 from graphs.config import DecoderConfig
@@ -54,13 +54,13 @@ def trace_programs(artifact: Artifact, family: Family, config: DecoderConfig, pr
         progress.start("trace the vision encoder")
         signature, names = manifest.graphs["vision_encoder"].signature, family.encoder_names(config)
         traced = capture_encoder(build_encoder_on_meta(config, dtype), layout, signature)
-        lowered = lower_with_origins(traced, layout, signature, names, {}, name="vision_encoder")
+        lowered = lower(traced, layout, signature, names, {}, name="vision_encoder")
         programs.append(_program("vision_encoder", lowered, signature, names, {}))
     progress.start("trace the decoder")
     decoder = build_on_meta(config, dtype)
     signature, names = manifest.graphs["decoder"].signature, family.tensor_names(config)
     traced = capture(decoder, layout, signature, manifest.cache, manifest.vision)
-    lowered = lower_with_origins(traced, layout, signature, names, decoder.real_buffers(), name="decoder")
+    lowered = lower(traced, layout, signature, names, decoder.real_buffers(), name="decoder")
     programs.append(_program("decoder", lowered, signature, names, decoder.real_buffers()))
     return programs
 

@@ -82,7 +82,7 @@ def trace_both(config: dict[str, Any], layout_name: str, dtype: str = "float32")
     signature, names = layout.signature(parsed, cache, 4, vision), family.tensor_names(parsed)
     copied = trace_decoder(decoder, layout, signature, cache, names, vision)
     program = capture(decoder, layout, signature, cache, vision)
-    traced = lower(program, layout, signature, names, decoder.real_buffers(), name="decoder")
+    traced = lower(program, layout, signature, names, decoder.real_buffers(), name="decoder").model
     assert {value.name for value in copied.graph.inputs} == {spec.name for spec in signature.inputs}
     return templates(decoder), copied, traced
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import mllama_cases
 import test_families
-import test_transformer_decoder
+from support import save
 
 from exporter.errors import ExportError
 from exporter.layouts import LAYOUTS
@@ -47,16 +47,6 @@ def all_good() -> list[Good]:
     others = [layout for layout in LAYOUTS if layout != "portable"]
     found = [Good(family, precision, "portable") for family in FAMILIES for precision in precisions]
     return found + [Good(family, LAYOUT_PRECISION, layout) for family in FAMILIES for layout in others]
-
-
-def save(family: str, folder: Path) -> Path:
-    """A small random checkpoint of the family."""
-    if family == "mllama":
-        return mllama_cases.save(next(iter(mllama_cases.CASES.values())).make_model(), folder)
-    if family == "transformer_decoder":
-        return test_transformer_decoder.save_decoder(folder, **test_transformer_decoder.DECODERS["mixed"])
-    test_families.CASES[family].make_model().save_pretrained(folder)
-    return folder
 
 
 def export_good(good: Good, folder: Path) -> Artifact | None:
